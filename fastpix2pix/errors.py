@@ -1,0 +1,12 @@
+"""The one exception that a user's own mistake may raise."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend.
+
+    ``str(error)`` is one line that names the file or value, says what is wrong with it, and gives the
+    remedy. Commands print it as ``error: ...`` and exit with 2; library callers may catch it.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))

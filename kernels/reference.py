@@ -1,0 +1,380 @@
+"""Every op of the package in plain PyTorch: the specification, the CPU path and the baseline.
+
+Images are (N, C, H, W) in channels-last memory format. Arithmetic happens in float32 (float64 for float64
+input) whatever the storage type, and results are rounded once, when they are stored. Nothing here
+synchronises with the host or branches on a tensor's value.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# ------------------------------------------------------------------------------------------- precision
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which values stored as ``dtype`` are computed with."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --------------------------------------------------------------------------------------------- dropout
+
+_LOW = 0xFFFFFFFF
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Tensor:
+    """First word of Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+
+    ``counter`` and ``key`` are int64 tensors holding 32-bit words that broadcast together; so is the result.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps modulo 2**64, as unsigned words would
+        c0, c1, c2, c3 = (p1 >> 32 & _LOW) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32 & _LOW) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = k0 + 0x9E3779B9 & _LOW, k1 + 0xBB67AE85 & _LOW
+    return c0
+
+
+def dropout_threshold(probability: float) -> int:
+    """A value is dropped when its 32 random bits, read as an unsigned number, are below this."""
+    return round(probability * 2**32)
+
+
+def dropout_mask(x: Tensor, probability: float, rng: Tensor, layer: int) -> Tensor:
+    """Inverted-dropout factors for ``x`` (N, C, H, W): 0 or 1 / (1 - probability), in the compute type.
+
+    ``rng`` is an int64 tensor (seed, step) on the device of ``x``; ``layer`` separates the streams of the
+    layers of one step. The element at channels-last position i draws the first word of
+    Philox(key = seed, counter = (i, layer, low word of step, high word of step)).
+    """
+    n, c, h, w = x.shape
+    index = torch.arange(x.numel(), device=x.device).view(n, h, w, c).permute(0, 3, 1, 2)
+    seed, step = rng[0], rng[1]
+    layer_word = torch.full((), layer, dtype=torch.int64, device=x.device)
+    bits = philox(
+        (index, layer_word, step & _LOW, step >> 32 & _LOW),
+        (seed & _LOW, seed >> 32 & _LOW),
+    )
+    keep = bits >= dropout_threshold(probability)
+    return keep.to(compute_dtype(x.dtype)) * (1.0 / (1.0 - probability))
+
+
+# -------------------------------------------------------------------------------------------- norm_act
+
+
+class NormActConfig(NamedTuple):
+    """What is fixed about one normalisation + activation + dropout layer.
+
+    norm: False means activation of ``x + bias`` only.
+    training: statistics of the batch (running statistics are updated), or the running statistics.
+    groups: statistics over each of so many equal slices of the batch: 1 is batch norm, N instance norm, 2
+        the discriminator on [real; fake].
+    unbiased: the running variance takes n / (n - 1) times the variance (torch) or the variance (Keras 3).
+    slope: of the activation below zero: 0 is ReLU, 1 the identity, between them LeakyReLU.
+    skip_slope: the same for the second copy; None when there is none.
+    dropout: probability of zeroing a value before the activation.
+    layer: the layer's number, which keeps its dropout apart from that of other layers.
+    """
+
+    norm: bool = True
+    training: bool = True
+    groups: int = 1
+    eps: float = 1e-5
+    momentum: float = 0.1
+    unbiased: bool = True
+    slope: float = 0.0
+    skip_slope: float | None = None
+    dropout: float = 0.0
+    layer: int = 0
+
+
+class NormActForward(NamedTuple):
+    """y and skip are (N, C, H, W); mean and rstd are (groups, C) in the compute type (None without norm)."""
+
+    y: Tensor
+    skip: Tensor | None
+    mean: Tensor | None
+    rstd: Tensor | None
+
+
+class NormActBackward(NamedTuple):
+    """dx like x; dweight and dbias (C,) in the type of the parameters, or None where there is none."""
+
+    dx: Tensor
+    dweight: Tensor | None
+    dbias: Tensor | None
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """(N, C, H, W) as (groups, N // groups, C, H, W), a view."""
+    return x.unflatten(0, (groups, x.shape[0] // groups))
+
+
+_PER_CHANNEL = (1, 3, 4)  # the dimensions of a grouped image that a channel's statistics run over
+
+
+def _spread(per_channel: Tensor) -> Tensor:
+    """(groups, C) or (C,) so that it broadcasts against a grouped image."""
+    return per_channel.reshape(-1, 1, per_channel.shape[-1], 1, 1)
+
+
+def _normalised(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """The grouped image, centred and scaled."""
+    return (_grouped(x, mean.shape[0]).to(mean.dtype) - _spread(mean)) * _spread(rstd)
+
+
+def _before_activation(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, rstd: Tensor | None
+) -> Tensor:
+    if mean is not None:
+        z = _normalised(x, mean, rstd)
+        if weight is not None:
+            z = z * _spread(weight) + _spread(bias)
+        return z.flatten(0, 1)
+    z = x.to(compute_dtype(x.dtype))
+    return z if bias is None else z + bias.view(1, -1, 1, 1)
+
+
+def norm_act_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    rng: Tensor | None,
+    config: NormActConfig,
+    out: Tensor | None = None,
+    skip_out: Tensor | None = None,
+) -> NormActForward:
+    """``dropout(activation(norm(x) * weight + bias))``, and a second copy with another slope.
+
+    x: (N, C, H, W) channels-last, a convolution's output. weight, bias: (C,) or None (not affine); without
+    norm only ``bias`` counts. running_mean, running_var: (C,), updated in place group after group when
+    training, or None. rng: see ``dropout_mask``. out, skip_out: where to write the two results, channel
+    slices of channels-last buffers in the type of ``x``; None allocates.
+
+    A group of one value per channel (1x1 at batch 1) gives ``bias`` and a running variance that stays
+    finite: there is no n - 1 to divide by.
+    """
+    mean = rstd = None
+    if config.norm and config.training:
+        grouped = _grouped(x, config.groups).to(compute_dtype(x.dtype))
+        var, mean = torch.var_mean(grouped, _PER_CHANNEL, correction=0)
+        rstd = torch.rsqrt(var + config.eps)
+        if running_mean is not None:
+            n = x.numel() // (config.groups * x.shape[1])
+            correction = n / (n - 1) if config.unbiased and n > 1 else 1.0
+            for group in range(config.groups):
+                running_mean.lerp_(mean[group].to(running_mean.dtype), config.momentum)
+                running_var.lerp_((var[group] * correction).to(running_var.dtype), config.momentum)
+    elif config.norm:
+        mean = running_mean.to(compute_dtype(x.dtype)).expand(config.groups, -1)
+        rstd = torch.rsqrt(running_var.to(mean.dtype) + config.eps).expand(config.groups, -1)
+
+    z = _before_activation(x, weight, bias, mean, rstd)
+    if config.dropout:
+        z = z * dropout_mask(x, config.dropout, rng, config.layer)
+    y = _store(F.leaky_relu(z, config.slope), x, out)
+    skip = None if config.skip_slope is None else _store(F.leaky_relu(z, config.skip_slope), x, skip_out)
+    return NormActForward(y, skip, mean, rstd)
+
+
+def _store(value: Tensor, like: Tensor, out: Tensor | None) -> Tensor:
+    if out is None:
+        return value.to(like.dtype, memory_format=torch.channels_last)
+    return out.copy_(value)
+
+
+def norm_act_backward(
+    dy: Tensor | None,
+    dskip: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    rng: Tensor | None,
+    config: NormActConfig,
+    needs_affine: bool = True,
+) -> NormActBackward:
+    """Gradients of ``norm_act_forward`` from those of its two results, either of which may be None.
+
+    dy and dskip may be channel slices of a larger gradient. The activation's sign and the dropout mask are
+    computed again from ``x``, mean, rstd and the counter, which must be as they were in the forward pass.
+    ``needs_affine=False`` leaves out dweight and dbias.
+    """
+    z = _before_activation(x, weight, bias, mean, rstd)
+    dz = torch.zeros_like(z)
+    for gradient, slope in ((dy, config.slope), (dskip, config.skip_slope)):
+        if gradient is not None:
+            gradient = gradient.to(z.dtype)
+            dz = dz + torch.where(z > 0, gradient, gradient * slope)
+    if config.dropout:
+        dz = dz * dropout_mask(x, config.dropout, rng, config.layer)
+
+    if mean is None:
+        dbias = dz.sum((0, 2, 3)).to(bias.dtype) if needs_affine and bias is not None else None
+        return NormActBackward(dz.to(x.dtype), None, dbias)
+
+    normalised = _normalised(x, mean, rstd)
+    dz = _grouped(dz, mean.shape[0])
+    dz_sum = dz.sum(_PER_CHANNEL)
+    dz_normalised_sum = (dz * normalised).sum(_PER_CHANNEL)
+    dweight = dbias = None
+    if needs_affine and weight is not None:
+        dweight = dz_normalised_sum.sum(0).to(weight.dtype)
+        dbias = dz_sum.sum(0).to(bias.dtype)
+    if config.training:
+        n = x.numel() // (mean.shape[0] * x.shape[1])
+        dz = dz - _spread(dz_sum / n) - normalised * _spread(dz_normalised_sum / n)
+    scale = rstd if weight is None else rstd * weight
+    dx = (dz * _spread(scale)).flatten(0, 1).to(x.dtype, memory_format=torch.channels_last)
+    return NormActBackward(dx, dweight, dbias)
+
+
+# -------------------------------------------------------------------------------------------- GAN loss
+
+
+class GanLoss(NamedTuple):
+    """losses: float32 (4,): disc_loss, gen_gan_loss, disc_real_loss, disc_fake_loss, the last two unweighted.
+
+    disc_grad: gradient of disc_loss with respect to all logits. gen_grad: gradient of gen_gan_loss with
+    respect to the logits of the fake half. Both times ``scale``, in the type of the logits.
+    """
+
+    losses: Tensor
+    disc_grad: Tensor
+    gen_grad: Tensor
+
+
+def _criterion(logits: Tensor, real: bool, mode: str) -> tuple[Tensor, Tensor]:
+    """Mean loss of ``logits`` against real or fake, and its gradient, in the compute type.
+
+    vanilla is binary cross-entropy with logits, max(x, 0) - x z + log(1 + exp(-|x|)); lsgan is the mean
+    squared distance from 1 or 0 (Mao et al., 2017).
+    """
+    x = logits.to(compute_dtype(logits.dtype))
+    target = 1.0 if real else 0.0
+    if mode == "vanilla":
+        loss = x.clamp(min=0) - x * target + torch.log1p(torch.exp(-x.abs()))
+        return loss.mean(), (torch.sigmoid(x) - target) / x.numel()
+    if mode == "lsgan":
+        return (x - target).square().mean(), 2 * (x - target) / x.numel()
+    raise ValueError(f"gan_mode is {mode!r}; it can be 'vanilla' or 'lsgan'")
+
+
+def gan_loss(
+    logits: Tensor,
+    *,
+    mode: str = "vanilla",
+    real_first: bool = True,
+    disc_factor: float = 1.0,
+    scale: Tensor | None = None,
+) -> GanLoss:
+    """PatchGAN losses of both players, with their gradients (Isola et al., 2017, section 3.1).
+
+    logits: (2 B, 1, h, w), the halves being [real; fake], or [fake; real] where ``real_first`` is False.
+    disc_loss is ``disc_factor`` times (real + fake): 1 in the TensorFlow tutorial, 1/2 in
+    pytorch-CycleGAN-and-pix2pix. scale: float32 scalar tensor that multiplies the gradients (fp16).
+    """
+    first, second = logits.chunk(2)
+    real, fake = (first, second) if real_first else (second, first)
+    real_loss, real_grad = _criterion(real, True, mode)
+    fake_loss, fake_grad = _criterion(fake, False, mode)
+    gen_loss, gen_grad = _criterion(fake, True, mode)
+    halves = (real_grad, fake_grad) if real_first else (fake_grad, real_grad)
+    disc_grad = torch.cat(halves) * disc_factor
+    if scale is not None:
+        disc_grad, gen_grad = disc_grad * scale, gen_grad * scale
+    losses = torch.stack((disc_factor * (real_loss + fake_loss), gen_loss, real_loss, fake_loss))
+    return GanLoss(losses.float(), disc_grad.to(logits.dtype), gen_grad.to(logits.dtype))
+
+
+def gan_target_loss(
+    logits: Tensor, real: bool, *, mode: str = "vanilla", scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss (float32 scalar) of ``logits`` against one target, and its gradient times ``scale``."""
+    loss, gradient = _criterion(logits, real, mode)
+    if scale is not None:
+        gradient = gradient * scale
+    return loss.float(), gradient.to(logits.dtype)
+
+
+# ------------------------------------------------------------------------------------------ pixel loss
+
+
+def pixel_loss_forward(
+    x: Tensor, bias: Tensor | None, target: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``fake = tanh(x + bias)`` and the mean absolute difference from ``target``.
+
+    x: (N, C, H, W) channels-last, the last transposed convolution without its bias. out: where the fake
+    image goes, a channel slice of the discriminator's input, in the type of ``x``; None allocates.
+    Returns the image and a float32 scalar (float64 for float64). The loss is that of the image as stored.
+    """
+    z = x.to(compute_dtype(x.dtype))
+    fake = _store(torch.tanh(z if bias is None else z + bias.view(1, -1, 1, 1)), x, out)
+    return fake, (fake.to(z.dtype) - target.to(z.dtype)).abs().mean()
+
+
+def pixel_loss_backward(
+    dfake: Tensor | None, dl1: Tensor | None, fake: Tensor, target: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``x`` and ``bias``, from those of the image (or None) and of the loss (scalar, or None)."""
+    fake_value = fake.to(compute_dtype(fake.dtype))
+    gradient = torch.zeros_like(fake_value) if dfake is None else dfake.to(fake_value.dtype)
+    if dl1 is not None:
+        gradient = gradient + (fake_value - target).sign() * (dl1 / fake.numel())
+    dx = gradient * (1 - fake_value.square())
+    dbias = None if bias is None else dx.sum((0, 2, 3)).to(bias.dtype)
+    return dx.to(fake.dtype, memory_format=torch.channels_last), dbias
+
+
+# ------------------------------------------------------------------------------------------------ Adam
+
+
+def adam_step(
+    master: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    working: Tensor | None,
+    *,
+    lr: Tensor,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    keras_eps: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One Adam update (Kingma & Ba, 2015) of one tensor, in place; ``step`` counts from 1 at the first.
+
+    master, exp_avg, exp_avg_sq: fp32 (or fp64), the same layout. grad: any float type. working: the copy
+    that the network computes with, or None where that is the master itself. lr: scalar tensor; step: int64
+    scalar tensor. grad_scale divides the gradient; a non-zero ``found_inf`` leaves everything as it was.
+
+    With c_i = 1 - beta_i ** step, torch's form is  w -= lr / c_1 * m / (sqrt(v) / sqrt(c_2) + eps),  Keras's
+    w -= lr * sqrt(c_2) / c_1 * m / (sqrt(v) + eps)  ("epsilon hat" in the paper, end of section 2).
+    """
+    g = grad.to(master.dtype)
+    if grad_scale is not None:
+        g = g / grad_scale
+    m = torch.lerp(exp_avg, g, 1 - beta1)
+    v = exp_avg_sq * beta2 + g * g * (1 - beta2)
+    t = step.to(torch.float64)
+    c1 = 1 - torch.pow(beta1, t)
+    root_c2 = torch.sqrt(1 - torch.pow(beta2, t))
+    if keras_eps:
+        alpha, denominator = lr * root_c2 / c1, v.sqrt() + eps
+    else:
+        alpha, denominator = lr / c1, v.sqrt() / root_c2.to(v.dtype) + eps
+    updated = (master - alpha.to(master.dtype) * m / denominator, m, v)
+    for tensor, value in zip((master, exp_avg, exp_avg_sq), updated, strict=True):
+        tensor.copy_(value if found_inf is None else torch.where(found_inf != 0, tensor, value))
+    if working is not None:
+        working.copy_(master)

@@ -1,0 +1,31 @@
+from setuptools import setup
+
+# DALI publishes wheels for Linux on x86-64 and Arm only; elsewhere the portable loader runs.
+HAS_DALI = 'sys_platform == "linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")'
+
+setup(
+    name="fastpix2pix",
+    version="0.1.0",
+    description="pix2pix training as fast as the hardware allows, with the TensorFlow tutorial's numbers",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["fastpix2pix", "fastpix2pix.data", "fastpix2pix.interop", "fastpix2pix.kernels"],
+    package_dir={"fastpix2pix.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.6",
+        'triton>=3.2; sys_platform == "linux"',
+        f"nvidia-dali-cuda120>=1.45; {HAS_DALI}",
+        "numpy>=1.24",
+        "Pillow>=9.5",
+        "tensorboard>=2.14",
+        "tyro>=0.9",
+        "tqdm>=4.65",
+        "pooch[progress]>=1.8",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "hypothesis>=6.100"],
+        "bench": ["pytest>=8", "pytest-benchmark>=4"],
+    },
+)
