@@ -1,10 +1,25 @@
-"""Fixtures shared by all tests: the real facades and the golden numbers, where they exist."""
+"""Fixtures shared by all tests: the real facades and the golden numbers, where they exist; Triton's device.
+
+Triton decides when a kernel is defined whether it will be interpreted or compiled. Without a GPU this file
+has them interpreted, in this process only: child processes (``python -m fastpix2pix...``) see the world as
+users do. Ops on CPU tensors still take their reference, except in a test that asks for ``triton_device``.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+from fastpix2pix.kernels import launch  # noqa: E402 (after the variable is set)
+
+if launch.INTERPRETING:
+    launch.triton.knobs.runtime.interpret = True  # for the rest of this process ...
+os.environ.pop("TRITON_INTERPRET", None)  # ... and not for its children
+launch.kernels_on_cpu = False
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -26,6 +41,17 @@ def facades() -> Path:
 def golden() -> Path:
     """Folder with the numbers that the TensorFlow tutorial's own code produced."""
     return _folder("FASTPIX2PIX_GOLDEN", SHARED / "golden")
+
+
+@pytest.fixture
+def triton_device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Device on which every op runs its Triton kernels: compiled where there is a GPU, else interpreted."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if not launch.INTERPRETING:
+        pytest.skip("Triton is not installed")
+    monkeypatch.setattr(launch, "kernels_on_cpu", True)
+    return "cpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
