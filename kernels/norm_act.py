@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastpix2pix.kernels import reference
-from fastpix2pix.kernels.reference import NormActConfig
+from fastpix2pix.kernels.reference import NormActConfig, norm_act_backward, norm_act_forward  # noqa: F401
 
 
 class _NormAct(torch.autograd.Function):
@@ -12,18 +11,19 @@ class _NormAct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, running, rng, config, slots):
         running_mean, running_var = running
         out, skip_out = slots
-        y, skip, mean, rstd = reference.norm_act_forward(
+        y, skip, mean, rstd = norm_act_forward(
             x, weight, bias, running_mean, running_var, rng, config, out, skip_out
         )
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.rng, ctx.config = rng, config
         ctx.set_materialize_grads(False)
-        return (y, skip) if skip is not None else y
+        # Detached: memory that was handed in as a view must not tie the result to that view's history.
+        return (y.detach(), skip.detach()) if skip is not None else y.detach()
 
     @staticmethod
     def backward(ctx, dy, dskip=None):
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias = reference.norm_act_backward(
+        dx, dweight, dbias = norm_act_backward(
             dy, dskip, x, weight, bias, mean, rstd, ctx.rng, ctx.config
         )
         return dx, dweight, dbias, None, None, None, None
