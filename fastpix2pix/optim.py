@@ -1,0 +1,246 @@
+"""Adam that keeps fp32 masters and writes the working weights in the same pass; dynamic loss scaling."""
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from fastpix2pix.kernels import adam
+from fastpix2pix.kernels.adam import AdamClock, AdamForm
+from fastpix2pix.kernels.reference import compute_dtype
+
+
+class LossScale:
+    """Dynamic loss scale of fp16 training, kept on the device: the rule of ``torch.amp.GradScaler``.
+
+    One object serves all optimizers of a step. Losses are multiplied by ``scale`` before the backward pass;
+    every ``MasterAdam`` made with it divides its gradients by ``scale``, and when one of *its* gradients is
+    not finite it leaves all of *its* parameters, moments and its step count as they were. An overflow in
+    the discriminator's gradients alone therefore skips the discriminator's update and not the generator's,
+    and the other way round; either halves the scale for both in ``update``, which ends the step:
+    ``growth_interval`` steps in a row without an overflow double it.
+
+    scale: float32 scalar. growth_tracker: int32 scalar, good steps since the scale last changed. found_inf:
+    float32 scalar, non-zero when any optimizer of the step under way met a non-finite gradient.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        *,
+        initial: float = 2.0**16,
+        growth: float = 2.0,
+        backoff: float = 0.5,
+        growth_interval: int = 2000,
+    ):
+        self.scale = torch.full((), initial, dtype=torch.float32, device=device)
+        self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
+        self._rule = (growth, backoff, growth_interval)
+
+    def update(self) -> None:
+        """Set the scale for the next step, after every optimizer has taken (or skipped) this one."""
+        torch._amp_update_scale_(self.scale, self.growth_tracker, self.found_inf, *self._rule)
+        self.found_inf.zero_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"scale": self.scale, "growth_tracker": self.growth_tracker}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy ``state`` into the tensors that captured work already reads."""
+        self.scale.copy_(state["scale"])
+        self.growth_tracker.copy_(state["growth_tracker"])
+
+
+class MasterAdam(Optimizer):
+    """Adam (Kingma & Ba, 2015) whose state is fp32 whatever the type of the parameters.
+
+    params: an iterable of dense parameters (or of dictionaries, as for any torch optimizer), all on one
+    device. float32 and float64 parameters are their own masters; for bfloat16 and float16 ones the state
+    holds a float32 ``master``, and the parameter is the working copy that each update rewrites.
+    keras_eps: where ``eps`` is added; see ``reference.adam_step`` for both forms. The defaults are those of
+    the TensorFlow tutorial (Keras); torch's are ``eps=1e-8, keras_eps=False``.
+    loss_scale: for fp16, the ``LossScale`` that multiplied the loss.
+
+    ``step`` updates everything that has a gradient. To update parameters one at a time, as their gradients
+    arrive, call ``begin_step`` once and then ``step_parameters`` as often as needed; the results are the same
+    bit for bit. A loss scale rules that out: no parameter may move before all gradients are known finite.
+
+    The step can be captured in a CUDA graph: all state exists from the start and stays where it is, also
+    when a state is loaded, and what changes from step to step is read from tensors. Only
+    ``param_groups[i]["lr"]`` is a Python number, for learning-rate schedulers: ``begin_step`` copies it to
+    the device when it has changed; before replaying a captured step call ``upload_lr``.
+
+    Raises ValueError for parameters that are not dense, not floating, or spread over devices.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 2e-4,
+        betas: tuple[float, float] = (0.5, 0.999),
+        eps: float = 1e-7,
+        keras_eps: bool = True,
+        *,
+        loss_scale: LossScale | None = None,
+    ):
+        self.loss_scale = loss_scale
+        self._clocks: list[AdamClock] = []
+        self._uploaded_lr: list[float | None] = []
+        self._group_of: dict[Parameter, int] = {}
+        self._found_inf: Tensor | None = None
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "keras_eps": keras_eps})
+
+    # ------------------------------------------------------------------------------------------- state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        parameters = self.param_groups[-1]["params"]
+        device = self.param_groups[0]["params"][0].device
+        clock = AdamClock.create(device)
+        for p in parameters:
+            if not p.is_floating_point() or p.device != device or not _same_layout(torch.empty_like(p), p):
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)}, {p.dtype} on {p.device} cannot be optimised: "
+                    f"all must be floating, dense and on one device ({device})"
+                )
+            self._group_of[p] = len(self._clocks)
+            dtype = compute_dtype(p.dtype)
+            state = self.state[p]
+            state["step"] = clock.step
+            state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
+            if p.dtype != dtype:
+                state["master"] = p.detach().to(dtype)
+        self._clocks.append(clock)
+        self._uploaded_lr.append(None)
+        self.upload_lr()
+        if self.loss_scale is not None and self._found_inf is None:
+            self._found_inf = torch.zeros((), dtype=torch.float32, device=device)
+
+    def _master(self, p: Parameter) -> Tensor:
+        return self.state[p].get("master", p.detach())
+
+    @torch.no_grad()
+    def adopt_parameters(self) -> None:
+        """Take the masters from the parameters: call it when something else has written those.
+
+        Needed for 16-bit parameters only, after weights were loaded or initialised behind the optimizer.
+        """
+        for p in self._group_of:
+            self._master(p).copy_(p)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any torch optimizer's; each parameter's state has ``step``, ``exp_avg``, ``exp_avg_sq`` and
+        ``master``, the last three in float32 (float64 for float64), whatever the type of the parameters.
+
+        The tensors are those of the optimizer, not copies.
+        """
+        packed = super().state_dict()
+        for index, p in enumerate(self._group_of):
+            packed["state"][index]["master"] = self._master(p)
+        return packed
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy a ``state_dict`` into this optimizer's tensors *and parameters*, which are set to the masters.
+
+        The state may come from parameters of another type or device. Raises ValueError when it has other
+        groups or shapes.
+        """
+        groups, states = state_dict["param_groups"], state_dict["state"]
+        if [len(group["params"]) for group in groups] != [
+            len(group["params"]) for group in self.param_groups
+        ]:
+            raise ValueError("the state's parameter groups are not those of this optimizer")
+        indices = [index for group in groups for index in group["params"]]
+        for index, p in zip(indices, self._group_of, strict=True):
+            if states[index]["master"].shape != p.shape:
+                raise ValueError(
+                    f"the state's parameter {index} is {tuple(states[index]['master'].shape)}, "
+                    f"this optimizer's is {tuple(p.shape)}"
+                )
+        for index, p in zip(indices, self._group_of, strict=True):
+            for name, tensor in {**self.state[p], "master": self._master(p)}.items():
+                tensor.copy_(states[index][name])
+            p.copy_(self._master(p))
+        for group, loaded in zip(self.param_groups, groups, strict=True):
+            group.update({name: deepcopy(value) for name, value in loaded.items() if name != "params"})
+        self.upload_lr()
+
+    # -------------------------------------------------------------------------------------------- step
+
+    def upload_lr(self) -> None:
+        """Copy the groups' learning rates to the device where they have changed since the last time."""
+        for index, group in enumerate(self.param_groups[: len(self._clocks)]):
+            if group["lr"] != self._uploaded_lr[index]:
+                self._clocks[index].lr.fill_(group["lr"])
+                self._uploaded_lr[index] = group["lr"]
+
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Count a step. With a loss scale, look at all gradients first, so they must be there by now."""
+        self.upload_lr()
+        if self.loss_scale is not None:
+            self._look_for_non_finite()
+        for group, clock in zip(self.param_groups, self._clocks, strict=True):
+            adam.advance(clock, _form(group), self._found_inf)
+
+    def _look_for_non_finite(self) -> None:
+        grads = [p.grad for p in self._group_of if p.grad is not None]
+        adam.non_finite(grads, self._found_inf)
+        seen = self.loss_scale.found_inf
+        torch.maximum(seen, self._found_inf, out=seen)
+
+    @torch.no_grad()
+    def step_parameters(self, parameters: Iterable[Parameter]) -> None:
+        """Update ``parameters`` from their gradients, within the step that ``begin_step`` began."""
+        by_kind: dict[tuple[int, torch.dtype], list[Parameter]] = {}
+        for p in parameters:
+            by_kind.setdefault((self._group_of[p], p.dtype), []).append(p)
+        for (index, _), some in by_kind.items():
+            states = [self.state[p] for p in some]
+            adam.update(
+                [_flat(self._master(p)) for p in some],
+                [_flat(_in_layout_of(p, p.grad)) for p in some],
+                [_flat(state["exp_avg"]) for state in states],
+                [_flat(state["exp_avg_sq"]) for state in states],
+                [_flat(p.detach()) for p in some] if "master" in states[0] else None,
+                self._clocks[index],
+                _form(self.param_groups[index]),
+                None if self.loss_scale is None else self.loss_scale.scale,
+                self._found_inf,
+            )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of all parameters that have a gradient. Returns what ``closure`` returns, if given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.begin_step()
+        self.step_parameters([p for p in self._group_of if p.grad is not None])
+        return loss
+
+
+def _form(group: dict[str, Any]) -> AdamForm:
+    return AdamForm(*group["betas"], group["eps"], group["keras_eps"])
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether equal positions in memory hold the same element; strides along one element don't matter."""
+    return all(m == n for m, n, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size > 1)
+
+
+def _in_layout_of(p: Tensor, grad: Tensor) -> Tensor:
+    return grad if _same_layout(grad, p) else torch.empty_like(p, dtype=grad.dtype).copy_(grad)
+
+
+def _flat(dense: Tensor) -> Tensor:
+    """All elements of a dense tensor as a vector, in the order of memory."""
+    return dense.as_strided((dense.numel(),), (1,))
