@@ -1,0 +1,35 @@
+"""The tutorial's random jitter after the resize: crop, flip and the step to [-1, 1]."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def jitter(
+    images: Tensor,
+    which: np.ndarray,
+    top: np.ndarray,
+    left: np.ndarray,
+    mirror: np.ndarray,
+    crop_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Crops, flips and normalises the images named by ``which``.
+
+    ``images`` is uint8 (m, size, size, 3) on any device; the arrays, all (n,), say for each result the
+    image, the crop's corner and whether it is flipped left to right. Returns
+    (n, 3, crop_size, crop_size) in channels-last memory on the same device, in [-1, 1].
+    """
+    corners = zip(which.tolist(), top.tolist(), left.tolist(), strict=True)
+    crops = torch.stack([images[i, y : y + crop_size, x : x + crop_size] for i, y, x in corners])
+    mirrored = torch.from_numpy(np.flatnonzero(mirror)).to(images.device)
+    crops[mirrored] = crops[mirrored].flip(2)
+    return normalize(crops, dtype)
+
+
+def normalize(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 (n, height, width, 3) -> x / 127.5 - 1, (n, 3, height, width) in channels-last memory."""
+    # The divisor is a tensor because CUDA turns division by a Python number into a product with its
+    # reciprocal, one unit in the last place off the tutorial's float32.
+    half_range = torch.tensor(127.5, device=images.device)
+    return images.to(torch.float32).div_(half_range).sub_(1.0).to(dtype).permute(0, 3, 1, 2)
