@@ -1,5 +1,6 @@
 """From a configuration dataclass to a command: typed flags, and one line for a user's mistake."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -11,18 +12,32 @@ from fastpix2pix.errors import UserError
 Config = TypeVar("Config")
 
 
-def run(config_class: type[Config], command: Callable[[Config], None], argv: Sequence[str] | None = None) -> None:
+def run(
+    config_class: type[Config],
+    command: Callable[[Config], None],
+    argv: Sequence[str] | None = None,
+    *,
+    defaults_for: Callable[[Config], Config | None] = lambda config: None,
+) -> None:
     """Parse ``argv`` (default: the process's) into ``config_class`` and call ``command`` with it.
 
     Field names become ``--snake_case`` flags, as users of other pix2pix programs know them; the string
-    below each field is its help. A ``UserError`` ends the process with one line on stderr and exit code
-    2, the code that a bad flag gives too.
+    below each field is its help. ``defaults_for`` may look at the parsed configuration and return another
+    one, which then supplies whatever no flag says. A ``UserError`` ends the process with one line on stderr
+    and exit code 2, the code that a bad flag gives too; an interrupt ends it with 130.
     """
+    argv = sys.argv[1:] if argv is None else argv
     try:
         config = tyro.cli(
             config_class, args=argv, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,)
         )
+        if (saved := defaults_for(config)) is not None:
+            flags = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+            given = {field.name for field in dataclasses.fields(config)} & flags
+            config = dataclasses.replace(saved, **{name: getattr(config, name) for name in given})
         command(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,83 @@
+"""Checkpoints that a kill at any moment cannot spoil, and that hold all that an exact resume needs."""
+
+import contextlib
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpix2pix.errors import UserError
+
+_NAME = re.compile(r"step_(\d+)\.pt")
+
+
+def _by_step(run_folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [(int(match[1]), path) for path in (run_folder / "checkpoints").glob("step_*.pt")
+             if (match := _NAME.fullmatch(path.name))]  # fmt: skip
+    return [path for _, path in sorted(found)]
+
+
+def latest(run_folder: Path) -> Path | None:
+    """The newest checkpoint of a run, or None."""
+    return next(reversed(_by_step(run_folder)), None)
+
+
+def save(run_folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write ``state`` as the run's checkpoint of ``step`` and remove all but the newest ``keep``.
+
+    The file appears under its name only when all of it is on the disk, so whatever interrupts this leaves
+    the earlier checkpoints whole. Raises UserError when it can't be written (disk full, no permission).
+    """
+    folder = run_folder / "checkpoints"
+    path = folder / f"step_{step:08d}.pt"
+    partial = path.with_suffix(".partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for abandoned in folder.glob("*.partial"):
+            abandoned.unlink()
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(folder)
+        for old in _by_step(run_folder)[:-keep]:
+            old.unlink()
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: checkpoint not written ({error}); free space or choose another "
+                        "--checkpoints_dir; earlier checkpoints are whole") from error  # fmt: skip
+    return path
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut; systems that can't open a folder don't need it."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state that ``save`` was given, tensors on the CPU. Nothing in the file is executed.
+
+    Raises UserError when the file is absent, cut short, or not a checkpoint of this package.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; give the path of a step_*.pt file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path}: not a readable checkpoint, perhaps cut short; delete it to use the one before it"
+        ) from error
+    if not isinstance(state, dict) or not {"config", "step", "generator", "discriminator"} <= state.keys():
+        raise UserError(f"{path}: not a fastpix2pix training checkpoint; give a step_*.pt file of a run folder")
+    return state

@@ -1,0 +1,149 @@
+"""What a person sees of a run: progress line, TensorBoard, sample grids, the balance of the two players."""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from fastpix2pix.errors import UserError
+from fastpix2pix.step import Losses
+
+TUTORIAL_TAGS = ("gen_total_loss", "gen_gan_loss", "gen_l1_loss", "disc_loss")
+# The loss of a discriminator that answers "can't tell" (logit 0, or 1/2 for least squares) everywhere.
+UNDECIDED = {"vanilla": math.log(2), "lsgan": 0.25}
+
+
+def gan_health(disc_real: float, disc_fake: float, gen_gan: float, gan_mode: str) -> str:
+    """One line that says whether one player is winning, from mean losses (per term, before any factor).
+
+    Each is compared with what it is when the discriminator can't tell real from fake: log 2 = 0.69 for
+    vanilla. A tenth of that for the discriminator, or for the generator's, is a player that the other no
+    longer teaches.
+    """
+    undecided = UNDECIDED[gan_mode]
+    disc = (disc_real + disc_fake) / 2
+    if disc < undecided / 10:
+        verdict = "the discriminator is winning; the generator learns from L1 alone"
+    elif gen_gan < undecided / 10:
+        verdict = "the generator is winning; the discriminator no longer guides it"
+    else:
+        verdict = "balanced" if disc < undecided * 1.2 else "the discriminator is worse than a guess"
+    return (
+        f"D real {disc_real:.2f}, D fake {disc_fake:.2f}, G {gen_gan:.2f} "
+        f"(undecided: {undecided:.2f} each): {verdict}"
+    )
+
+
+def to_uint8(image: Tensor) -> np.ndarray:
+    """(C, H, W) in [-1, 1] to (H, W, C) uint8."""
+    scaled = (image.detach().float().cpu() + 1) * 127.5
+    return scaled.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+@torch.no_grad()
+def generate_without_trace(generator: nn.Module, source: Tensor) -> Tensor:
+    """The generator's image for ``source``, leaving its running statistics and dropout counter as they are.
+
+    In training mode, as both references generate: statistics of this very batch, dropout on.
+    """
+    buffers = {name: buffer.clone() for name, buffer in generator.named_buffers()}
+    return functional_call(generator, buffers, (source,))
+
+
+def sample_grid(generator: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> Image.Image:
+    """One row for each (source, target), both (1, C, H, W): input | target | generated."""
+    rows = []
+    for source, target in pairs:
+        images = (source[0], target[0], generate_without_trace(generator, source)[0])
+        rows.append(np.concatenate([np.broadcast_to(i, (*i.shape[:2], 3)) for i in map(to_uint8, images)], 1))
+    return Image.fromarray(np.concatenate(rows, 0))
+
+
+class Monitor:
+    """Collects what the steps return, and shows it every ``print_freq`` and ``display_freq`` steps.
+
+    Losses stay on the device until then, so that the host never waits for a step.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        *,
+        first_step: int,
+        total_steps: int,
+        batch_size: int,
+        gan_mode: str,
+        samples: Sequence[tuple[Tensor, Tensor]],
+    ):
+        self.run_folder, self.gan_mode, self.samples = run_folder, gan_mode, samples
+        self.batch_size = batch_size
+        self.writer = SummaryWriter(str(run_folder / "events"), purge_step=first_step + 1 if first_step else None)
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self._health = ""
+        self._pending: list[Tensor] = []
+        self._waited = 0.0
+        self._since = time.perf_counter()
+
+    def waited(self, seconds: float) -> None:
+        """Count time that the loop spent waiting for data."""
+        self._waited += seconds
+
+    def stepped(self, losses: Losses) -> None:
+        self._pending.append(torch.stack([loss.detach().float() for loss in losses]))
+        self.bar.update()
+
+    def show_losses(self, step: int, lr: float) -> None:
+        """Read the losses of the steps since the last call; the newest is number ``step``, counted from 1.
+
+        Raises UserError when one of them is not finite.
+        """
+        if not self._pending:
+            return
+        values = torch.stack(self._pending).cpu()
+        seconds = time.perf_counter() - self._since
+        rate, wait = len(values) * self.batch_size / seconds, self._waited / seconds
+        self._pending, self._waited, self._since = [], 0.0, time.perf_counter()
+
+        first = step - len(values) + 1
+        finite = values.isfinite().all(1)
+        if not finite.all():
+            culprit = first + int((~finite).nonzero()[0])
+            raise UserError(
+                f"losses are not finite since step {culprit}; go on from the last checkpoint with "
+                "--continue_train and a lower --lr"
+            )
+        for offset, row in enumerate(values.tolist()):
+            for tag, value in zip(TUTORIAL_TAGS, row, strict=False):
+                self.writer.add_scalar(tag, value, first + offset)
+        self.writer.add_scalar("train/learning_rate", lr, step)
+        self.writer.add_scalar("train/images_per_second", rate, step)
+        self.writer.add_scalar("train/data_wait_share", wait, step)
+        mean = Losses(*values.mean(0).tolist())
+        self._health = gan_health(mean.disc_real_loss, mean.disc_fake_loss, mean.gen_gan_loss, self.gan_mode)
+        self.bar.set_postfix_str(
+            f"G {mean.gen_total_loss:.2f} (GAN {mean.gen_gan_loss:.2f}, L1 {mean.gen_l1_loss:.3f}) "
+            f"D {mean.disc_loss:.2f}, {rate:.3g} images/s, {wait:.0%} waiting for data"
+        )
+
+    def show_samples(self, step: int, generator: nn.Module) -> None:
+        """Write the sample grid and the GAN health reading of this moment."""
+        grid = sample_grid(generator, self.samples)
+        folder = self.run_folder / "samples"
+        folder.mkdir(exist_ok=True)
+        grid.save(folder / f"step_{step:08d}.png")
+        self.writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+        self.writer.add_text("gan_health", self._health, step)
+        self.bar.write(f"step {step}: {self._health}")
+        self._since = time.perf_counter()  # drawing is not training time
+
+    def close(self) -> None:
+        self.bar.close()
+        self.writer.close()

@@ -1,0 +1,249 @@
+"""``python -m fastpix2pix.train``: configuration -> data -> TrainStep -> run folder."""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from fastpix2pix import checkpoint, cli
+from fastpix2pix.config import TrainConfig
+from fastpix2pix.data import find_pairs, load_pair, open_loader
+from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
+from fastpix2pix.errors import UserError
+from fastpix2pix.models import PatchDiscriminator, UNetGenerator
+from fastpix2pix.monitor import Monitor
+from fastpix2pix.step import TrainStep
+
+SAMPLE_PAIRS = 4
+# What a checkpoint's tensors depend on: none of it can change when a run continues.
+ARCHITECTURE = ("preset", "netG", "ngf", "ndf", "n_layers_D", "norm")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called ``name``, or for "auto" a GPU where there is one. Raises UserError if absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: this machine has no such device; try cpu or auto") from error
+    return device
+
+
+def build_networks(config: TrainConfig, device: torch.device) -> tuple[UNetGenerator, PatchDiscriminator]:
+    """Freshly initialised networks, the same for the same seed on every device."""
+    torch.manual_seed(config.seed)
+    generator = UNetGenerator(
+        config.preset,
+        ngf=config.ngf,
+        num_downs=config.num_downs,
+        norm=config.norm,
+        dropout=0.0 if config.no_dropout else 0.5,
+        seed=config.seed,
+    )
+    discriminator = PatchDiscriminator(
+        config.preset, ndf=config.ndf, n_layers=config.n_layers_D, norm=config.norm
+    )
+    return generator.to(device), discriminator.to(device)
+
+
+def training_state(
+    step: TrainStep, config: TrainConfig, steps_done: int, epoch: int, position: int
+) -> dict:
+    """All that an exact resume needs, as plain values and tensors."""
+    return {
+        "config": config.to_dict(),
+        "step": steps_done,
+        "generator": step.generator.state_dict(),
+        "discriminator": step.discriminator.state_dict(),
+        "gen_optimizer": step.gen_optimizer.state_dict(),
+        "disc_optimizer": step.disc_optimizer.state_dict(),
+        "dropout_rng": step.generator.rng,
+        "data": {"epoch": epoch, "position": position},
+    }
+
+
+def restore(step: TrainStep, config: TrainConfig, path: Path) -> tuple[int, int, int]:
+    """Set ``step`` to the checkpoint at ``path``; returns (steps done, epoch, position in it).
+
+    Raises UserError when the checkpoint is of another architecture.
+    """
+    state = checkpoint.load(path)
+    for field in ARCHITECTURE:
+        mine, theirs = getattr(config, field), state["config"][field]
+        if mine != theirs:
+            raise UserError(
+                f"--{field} {mine}: {path} was trained with {theirs}; drop the flag, or start another run "
+                "with another --name"
+            )
+    step.generator.load_state_dict(state["generator"])
+    step.discriminator.load_state_dict(state["discriminator"])
+    step.gen_optimizer.load_state_dict(state["gen_optimizer"])
+    step.disc_optimizer.load_state_dict(state["disc_optimizer"])
+    step.generator.rng.copy_(state["dropout_rng"])
+    return state["step"], state["data"]["epoch"], state["data"]["position"]
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, so that the step under way can be finished and saved; a second one kills."""
+    received: list[int] = []
+
+    def note(number: int, _frame) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def prepare_run_folder(config: TrainConfig) -> Path:
+    """Make the run's folder and write its configuration. Raises UserError rather than overwrite a run."""
+    folder = config.run_folder
+    if not config.continue_train and checkpoint.latest(folder):
+        raise UserError(
+            f"{folder} holds a run already; add --continue_train to go on with it, or choose another --name"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(config.to_json())
+    except OSError as error:
+        raise UserError(f"{folder}: can't write here ({error.strerror}); choose another --checkpoints_dir") from error
+    return folder
+
+
+def data_folder(config: TrainConfig) -> Path:
+    """Where the pairs are: --dataroot, or a data set by name."""
+    if config.dataroot is not None:
+        return config.dataroot
+    if config.dataset == "synthetic":
+        return synthetic_dataset(default_folder())
+    from fastpix2pix.data.catalog import fetch_dataset
+
+    return fetch_dataset(config.dataset)
+
+
+def sample_pairs(root: Path, config: TrainConfig, device: torch.device) -> list:
+    """The first pairs of test/, else val/, else train/, for the sample grids."""
+    split = next((name for name in ("test", "val") if (root / name).is_dir()), "train")
+    pairs = find_pairs(root, split)[:SAMPLE_PAIRS]
+    recipe = config.recipe
+    loaded = (
+        load_pair(
+            pair,
+            direction=config.direction or recipe.direction,
+            size=config.crop_size,
+            interpolation=recipe.interpolation,
+        )
+        for pair in pairs
+    )
+    return [(source.to(device), target.to(device)) for source, target in loaded]
+
+
+def train(config: TrainConfig) -> None:
+    """Run training as ``config`` says. Raises UserError for what the user can mend."""
+    device = choose_device(config.device)
+    root = data_folder(config)
+    recipe = config.recipe
+    loader = open_loader(
+        root,
+        split="train",
+        direction=config.direction or recipe.direction,
+        load_size=config.load_size,
+        crop_size=config.crop_size,
+        interpolation=recipe.interpolation,
+        flip=not config.no_flip,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        loader=config.loader,
+        device=device,
+        num_threads=config.num_threads,
+    )
+    samples = sample_pairs(root, config, device)
+    step = TrainStep(*build_networks(config, device), config)
+    done, epoch, position = 0, 0, 0
+    if config.continue_train:
+        newest = checkpoint.latest(config.run_folder)
+        if newest is None:
+            raise UserError(f"{config.run_folder} has no checkpoint to continue from; drop --continue_train")
+        done, epoch, position = restore(step, config, newest)
+    folder = prepare_run_folder(config)
+    total = config.total_steps(loader.batches_per_epoch)
+    print(f"{len(loader)} pairs from {root} ({loader.kind} loader), {total} steps on {device}, run in {folder}")
+
+    monitor = Monitor(
+        folder,
+        first_step=done,
+        total_steps=total,
+        batch_size=config.batch_size,
+        gan_mode=config.gan_mode,
+        samples=samples,
+    )
+
+    def save() -> None:
+        state = training_state(step, config, done, epoch, position)
+        checkpoint.save(folder, done, state, config.keep_checkpoints)
+
+    stream = loader.stream(epoch, position)
+    saved_at = done
+    with stop_requests() as stops:
+        try:
+            while done < total and not stops:
+                began = time.perf_counter()
+                batch = next(stream)
+                monitor.waited(time.perf_counter() - began)
+                lr = config.lr_at(done, loader.batches_per_epoch)
+                step.set_lr(lr)
+                monitor.stepped(step(batch.source, batch.target))
+                done, epoch, position = done + 1, batch.epoch, batch.position
+                if done % config.print_freq == 0:
+                    monitor.show_losses(done, lr)
+                if done % config.display_freq == 0:
+                    monitor.show_samples(done, step.generator)
+                if done % config.save_latest_freq == 0:
+                    save()
+                    saved_at = done
+            if saved_at != done:
+                monitor.show_losses(done, lr)
+                monitor.show_samples(done, step.generator)
+                save()
+        finally:
+            monitor.close()
+            loader.close()
+    if stops:
+        print(f"stopped at step {done}; the run goes on with --continue_train --name {config.name}")
+        sys.exit(128 + stops[0])
+    print(f"done: {done} steps; checkpoints and samples are in {folder}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse and train. A continued run takes what no flag says from its own ``config.json``."""
+
+    def saved(config: TrainConfig) -> TrainConfig | None:
+        if not config.continue_train:
+            return None
+        path = config.run_folder / "config.json"
+        try:
+            return TrainConfig.from_dict(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: not readable, so there is no run to continue; drop --continue_train, or give the "
+                "--name and --checkpoints_dir of a run"
+            ) from error
+
+    cli.run(TrainConfig, train, argv, defaults_for=saved)
+
+
+if __name__ == "__main__":
+    main()
