@@ -139,5 +139,5 @@ def _run(pipeline: Pipeline, device: torch.device, pairs: list[Pair], asked: deq
 def _resized(half, load_size: int, interpolation: Interpolation) -> Tensor:
     if half.is_dense_tensor():
         return resize(torch.from_dlpack(half.as_tensor()), load_size, interpolation)
-    images = [torch.from_dlpack(image)[None] for image in half]
+    images = [torch.from_dlpack(image)[None] for image in (half[i] for i in range(len(half)))]
     return torch.cat([resize(image, load_size, interpolation) for image in images])

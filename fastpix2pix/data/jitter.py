@@ -22,7 +22,8 @@ def jitter(
     """
     corners = zip(which.tolist(), top.tolist(), left.tolist(), strict=True)
     crops = torch.stack([images[i, y : y + crop_size, x : x + crop_size] for i, y, x in corners])
-    mirrored = torch.from_numpy(np.flatnonzero(mirror)).to(images.device)
+    # non_blocking: a GPU's queue of steps is not drained for these few numbers
+    mirrored = torch.from_numpy(np.flatnonzero(mirror)).to(images.device, non_blocking=True)
     crops[mirrored] = crops[mirrored].flip(2)
     return normalize(crops, dtype)
 
@@ -31,5 +32,5 @@ def normalize(images: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 (n, height, width, 3) -> x / 127.5 - 1, (n, 3, height, width) in channels-last memory."""
     # The divisor is a tensor because CUDA turns division by a Python number into a product with its
     # reciprocal, one unit in the last place off the tutorial's float32.
-    half_range = torch.tensor(127.5, device=images.device)
+    half_range = torch.full((), 127.5, device=images.device)
     return images.to(torch.float32).div_(half_range).sub_(1.0).to(dtype).permute(0, 3, 1, 2)

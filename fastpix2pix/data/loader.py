@@ -129,7 +129,8 @@ class Loader:
         """Makes one chunk in advance in a thread; a GPU works in advance of its host by itself."""
         if self._device.type == "cuda":
             yield from chunks
-        with ThreadPoolExecutor(1, thread_name_prefix="loader") as maker:
+        # One core for the maker (the setting is the thread's own): the others belong to the training step.
+        with ThreadPoolExecutor(1, "loader", torch.set_num_threads, (1,)) as maker:
             future = maker.submit(next, chunks)
             while True:
                 chunk = future.result()
@@ -203,16 +204,16 @@ def open_loader(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     num_threads: int = 4,
-    chunk: int = 64,
+    chunk: int | None = None,
     cache_bytes: int = 0,
 ) -> Loader:
     """Opens ``split`` of the data set in ``root`` (layouts: :func:`find_pairs`) for training.
 
     ``direction="AtoB"`` makes A, the left half, the source and B the target. Every half is resized to
     ``load_size`` squared and cropped to ``crop_size`` squared by the decisions of :func:`epoch_plan`.
-    ``chunk`` pairs, rounded down to whole batches, are decoded in one run. A data set whose resized
-    pixels (8 bit) fit into ``cache_bytes`` is decoded once and kept in the memory of ``device``.
-    ``num_threads`` threads (DALI) or processes (portable) decode.
+    ``chunk`` pairs (64 on a GPU, 16 on the CPU), rounded down to whole batches, are decoded in one run.
+    A data set whose resized pixels (8 bit) fit into ``cache_bytes`` is decoded once and kept in the memory
+    of ``device``. ``num_threads`` threads (DALI) or processes (portable) decode.
 
     Raises ``UserError`` for a data set, a size or a loader that cannot be used.
     """
@@ -228,6 +229,7 @@ def open_loader(
             "--loader dali: NVIDIA DALI is not installed here (Linux only); use --loader portable"
         )
     kind = "portable" if loader == "portable" or not has_dali else "dali"
+    device = torch.device(device)
     pairs = find_pairs(root, split)
     log.info(f"{len(pairs)} pairs from {root}, {split}, decoded by the {kind} loader")
     return Loader(
@@ -241,10 +243,10 @@ def open_loader(
         shuffle=shuffle,
         batch_size=batch_size,
         seed=seed,
-        device=torch.device(device),
+        device=device,
         dtype=dtype,
         num_threads=num_threads,
-        chunk=chunk,
+        chunk=chunk or (16 if device.type == "cpu" else 64),
         cache_bytes=cache_bytes,
     )
 

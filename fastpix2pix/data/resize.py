@@ -28,15 +28,15 @@ def resize(images: Tensor, size: int, interpolation: Interpolation) -> Tensor:
     if images.shape[1:3] == (size, size):
         return images
     if interpolation == "nearest":
-        rows, columns = (nearest_indices(n, size).to(images.device) for n in images.shape[1:3])
+        rows, columns = (nearest_indices(n, size, images.device) for n in images.shape[1:3])
         return images.index_select(1, rows).index_select(2, columns)
     return pillow_bicubic(images, size) if images.device.type == "cpu" else integer_bicubic(images, size)
 
 
 @lru_cache(maxsize=64)
-def nearest_indices(size_in: int, size_out: int) -> Tensor:
+def nearest_indices(size_in: int, size_out: int, device: torch.device) -> Tensor:
     """int64 (size_out,): floor((i + 0.5) * size_in / size_out), the half-pixel-centre rule, in integers."""
-    return (2 * torch.arange(size_out) + 1) * size_in // (2 * size_out)
+    return (2 * torch.arange(size_out, device=device) + 1) * size_in // (2 * size_out)
 
 
 def pillow_bicubic(images: Tensor, size: int) -> Tensor:
@@ -57,7 +57,7 @@ def integer_bicubic(images: Tensor, size: int) -> Tensor:
 
 
 def _bicubic_pass(images: Tensor, size: int, dim: int) -> Tensor:
-    first, weights = (t.to(images.device) for t in bicubic_weights(images.shape[dim], size))
+    first, weights = bicubic_weights(images.shape[dim], size, images.device)
     shape = [1, 1, 1, 1]
     shape[dim] = size
     total = 1 << (FRACTION_BITS - 1)  # one half: the shift below then rounds to nearest
@@ -69,7 +69,7 @@ def _bicubic_pass(images: Tensor, size: int, dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def bicubic_weights(size_in: int, size_out: int) -> tuple[Tensor, Tensor]:
+def bicubic_weights(size_in: int, size_out: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Pillow's bicubic (Keys 1981, a = -0.5): first source pixel, int64 (n,), and weights, int32 (n, taps).
 
     When shrinking, the kernel is stretched by the scale (antialiasing). Taps outside the image are left
@@ -84,7 +84,7 @@ def bicubic_weights(size_in: int, size_out: int) -> tuple[Tensor, Tensor]:
     weights = np.where(source < last[:, None], _keys((source - centre[:, None] + 0.5) / stretch), 0.0)
     weights /= weights.sum(axis=1, keepdims=True)
     fixed = np.trunc(weights * (1 << FRACTION_BITS) + np.copysign(0.5, weights)).astype(np.int32)
-    return torch.from_numpy(first), torch.from_numpy(fixed)
+    return torch.from_numpy(first).to(device), torch.from_numpy(fixed).to(device)
 
 
 def _keys(x: np.ndarray, a: float = -0.5) -> np.ndarray:
