@@ -1,25 +1,57 @@
-"""Adam on fp32 masters: gradient, moments, master and working copy are each touched once."""
+"""Adam on fp32 masters: gradient, moments, master and working copy are each touched once.
 
-from collections.abc import Sequence
+One kernel serves every parameter. A large one has a launch of its own, which can start as soon as its
+gradient is there; small ones (norm weights, biases, the outermost convolutions) share launches, because at a
+few microseconds each their number would cost more than their bytes. The tensors of a launch are passed as
+tuples of pointers, ordinary arguments: a captured launch keeps the addresses that it saw, an eager one sees
+those of today's gradients, and no table of addresses has to be kept true.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Elements of a 16-bit parameter updated at a time on the CPU: the chunk's fp32 gradient and its new masters
-# (two times 256 KiB) are still in the L2 cache when the next operator reads them.
-CPU_CHUNK = 2**16
+from fastpix2pix.kernels.launch import launch, tl, triton, use_triton
 
-# A step count at which beta ** step is exactly 0, so that PyTorch's bias corrections are exactly 1.
-_FAR = 2**62
+LARGE = 2**16
+"""Elements from which a tensor has its own launch: 1.8 MB of traffic, as long as a launch takes."""
+
+MOST_TENSORS = 40
+"""Tensors of one launch. Every program looks for its own among them, a few scalar instructions for each; the
+pointers (5 * 40 * 8 bytes) stay far below the 4 KiB that a kernel's arguments may take."""
+
+NUM_WARPS = 4
+BLOCK = NUM_WARPS * 32 * 8
+"""Eight elements a thread: one 16-byte vector of 16-bit values, two of fp32, so that every stream is read and
+written in full vectors; six streams of them take about 50 registers, which leaves 16 programs to a
+multiprocessor and over 200 KB of loads in flight."""
+
+CPU_CHUNK = 2**18
+"""Elements of a 16-bit parameter updated at a time on the CPU: the chunk's fp32 gradient and its new masters
+(1 MiB each) are still in the cache when the next operator reads them. Smaller chunks were measured slower,
+as each costs three operator calls, and no chunks at all slower by half."""
+
+_FAR = 2**62  # a step count at which beta ** step is exactly 0, and PyTorch's bias corrections exactly 1
+
+
+class AdamForm(NamedTuple):
+    """What is fixed about one parameter group; ``keras_eps`` as in ``reference.adam_step``."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    keras_eps: bool
 
 
 class AdamClock(NamedTuple):
     """What changes from step to step in one parameter group: scalars on the parameters' device.
 
     step: int64, steps taken so far. lr: float64, the learning rate. alpha, eps_hat: float64, of the step
-    under way, so that both forms of Adam read  w -= alpha * m / (sqrt(v) + eps_hat)  (Kingma & Ba, 2015, end
-    of section 2). far: int64, a constant of the CPU path.
+    under way, with which both forms of Adam read  w -= alpha * m / (sqrt(v) + eps_hat)  (Kingma & Ba, 2015,
+    end of section 2). far: int64, a constant that the CPU path needs.
     """
 
     step: Tensor
@@ -35,17 +67,145 @@ class AdamClock(NamedTuple):
         return cls(step, lr, alpha, eps_hat, torch.full_like(step, _FAR))
 
 
-class AdamForm(NamedTuple):
-    """What is fixed about one parameter group; ``keras_eps`` as in ``reference.adam_step``."""
+# ------------------------------------------------------------------------------------------------ kernels
+#
+# masters, exp_avgs, exp_avg_sqs: tuples of pointers to fp32 (or fp64) vectors. grads: the same in any float
+#     type. workings: 16-bit vectors that receive the rounded masters, or None.
+# sizes: tuple of the vectors' lengths.
+# step_ptr, lr_ptr, alpha_ptr, eps_hat_ptr: the scalars of ``AdamClock``.
+# grad_scale_ptr, found_inf_ptr: float32 scalars, or None without a loss scale.
+#
+# Programs are numbered through the blocks of the first vector, then those of the second, and so on.
 
-    beta1: float
-    beta2: float
-    eps: float
-    keras_eps: bool
+
+@triton.jit
+def _own_block(sizes, BLOCK: tl.constexpr):
+    """Which vector this program works on, and which block of it."""
+    program = tl.program_id(0)
+    which = 0
+    block = program
+    first = 0
+    for i in tl.static_range(1, len(sizes)):
+        first += tl.cdiv(sizes[i - 1], BLOCK)
+        which = tl.where(program >= first, i, which)
+        block = tl.where(program >= first, program - first, block)
+    return which, block
+
+
+@triton.jit
+def _pick(choices, which):
+    """``choices[which]`` of a tuple whose members are known when compiling, and ``which`` is not."""
+    chosen = choices[0]
+    for i in tl.static_range(1, len(choices)):
+        chosen = tl.where(which == i, choices[i], chosen)
+    return chosen
+
+
+@triton.jit
+def _update_kernel(
+    masters,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    workings,
+    sizes,
+    alpha_ptr,
+    eps_hat_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if found_inf_ptr is not None:  # noqa: SIM102 (decided when compiling, the next one when running)
+        if tl.load(found_inf_ptr) != 0.0:
+            return
+    which, block = _own_block(sizes, BLOCK)
+    position = block * BLOCK + tl.arange(0, BLOCK)
+    inside = position < _pick(sizes, which)
+    master_ptr = _pick(masters, which) + position
+    exp_avg_ptr = _pick(exp_avgs, which) + position
+    exp_avg_sq_ptr = _pick(exp_avg_sqs, which) + position
+
+    master = tl.load(master_ptr, mask=inside)
+    m = tl.load(exp_avg_ptr, mask=inside)
+    v = tl.load(exp_avg_sq_ptr, mask=inside)
+    g = tl.load(_pick(grads, which) + position, mask=inside).to(master.dtype)
+    if grad_scale_ptr is not None:
+        g = g / tl.load(grad_scale_ptr).to(master.dtype)
+    alpha = tl.load(alpha_ptr).to(master.dtype)
+    eps_hat = tl.load(eps_hat_ptr).to(master.dtype)
+
+    m = m + (g - m) * (1 - BETA1)
+    v = v * BETA2 + g * g * (1 - BETA2)
+    master = master - alpha * m / (tl.sqrt(v) + eps_hat)
+
+    tl.store(master_ptr, master, mask=inside)
+    tl.store(exp_avg_ptr, m, mask=inside)
+    tl.store(exp_avg_sq_ptr, v, mask=inside)
+    if workings is not None:
+        tl.store(_pick(workings, which) + position, master, mask=inside)
+
+
+@triton.jit
+def _advance_kernel(
+    step_ptr,
+    lr_ptr,
+    alpha_ptr,
+    eps_hat_ptr,
+    found_inf_ptr,
+    LOG2_BETA1: tl.constexpr,
+    LOG2_BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    KERAS_EPS: tl.constexpr,
+):
+    """One program, once a step, so that no other has to raise anything to a power in fp64."""
+    step = tl.load(step_ptr)
+    if found_inf_ptr is not None:
+        step += tl.load(found_inf_ptr) == 0.0
+    else:
+        step += 1
+    t = step.to(tl.float64)
+    root_c2 = tl.sqrt(1 - tl.exp2(t * LOG2_BETA2))
+    tl.store(step_ptr, step)
+    tl.store(alpha_ptr, tl.load(lr_ptr) * root_c2 / (1 - tl.exp2(t * LOG2_BETA1)))
+    tl.store(eps_hat_ptr, tl.full((), EPS, tl.float64) if KERAS_EPS else EPS * root_c2)
+
+
+@triton.jit
+def _non_finite_kernel(grads, sizes, found_inf_ptr, BLOCK: tl.constexpr):
+    """Every offender stores the same 1, so that nobody has to wait for anybody."""
+    which, block = _own_block(sizes, BLOCK)
+    position = block * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(_pick(grads, which) + position, mask=position < _pick(sizes, which), other=0.0)
+    finite = tl.abs(g.to(tl.float32)) < float("inf")  # false for NaN
+    tl.store(found_inf_ptr + tl.zeros((BLOCK,), tl.int32), 1.0, mask=finite == 0)
+
+
+# -------------------------------------------------------------------------------------------------- ops
 
 
 def advance(clock: AdamClock, form: AdamForm, found_inf: Tensor | None = None) -> None:
     """Count one step, unless ``found_inf`` is non-zero, and set alpha and eps_hat for it."""
+    if use_triton(clock.step):
+        changed = (clock.step, clock.alpha, clock.eps_hat)
+        launch(
+            _advance_kernel,
+            (1,),
+            clock.step,
+            clock.lr,
+            clock.alpha,
+            clock.eps_hat,
+            found_inf,
+            reads=(clock.step, clock.lr),
+            writes=changed,
+            LOG2_BETA1=_log2(form.beta1),
+            LOG2_BETA2=_log2(form.beta2),
+            EPS=form.eps,
+            KERAS_EPS=form.keras_eps,
+            num_warps=1,
+        )
+        return
     clock.step.add_(1 if found_inf is None else found_inf == 0)
     t = clock.step.to(torch.float64)
     root_c2 = (1 - torch.pow(form.beta2, t)).sqrt()
@@ -53,8 +213,31 @@ def advance(clock: AdamClock, form: AdamForm, found_inf: Tensor | None = None) -
     clock.eps_hat.copy_(torch.full_like(root_c2, form.eps) if form.keras_eps else form.eps * root_c2)
 
 
+def _log2(beta: float) -> float:
+    return math.log2(beta) if beta else -1e6  # exp2 of that is 0, as a power of 0 is
+
+
 def non_finite(grads: Sequence[Tensor], found_inf: Tensor) -> None:
-    """Set ``found_inf`` (float32 scalar) to 1 if any value of ``grads`` is infinite or NaN, else to 0."""
+    """Set ``found_inf`` (float32 scalar) to 1 if any value of ``grads`` is infinite or NaN, else to 0.
+
+    grads: flat contiguous tensors of one floating type.
+    """
+    if use_triton(found_inf):
+        found_inf.zero_()
+        for some in _launches(grads):
+            mine = _members(grads, some)
+            launch(
+                _non_finite_kernel,
+                _grid(mine),
+                mine,
+                _sizes(mine),
+                found_inf,
+                reads=mine,
+                writes=(),
+                BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
+            )
+        return
     largest = torch.stack([torch.linalg.vector_norm(grad, torch.inf) for grad in grads])
     found_inf.copy_(largest.isfinite().all().logical_not())
 
@@ -72,9 +255,72 @@ def update(
 ) -> None:
     """``reference.adam_step`` for several tensors of one group, after ``advance``, in place.
 
-    All tensors are flat and contiguous. workings: 16-bit copies of the masters, or None where the network
-    computes with the masters. grad_scale, found_inf: float32 scalars or None.
+    All tensors are flat and contiguous, of fewer than 2**31 elements, and each sequence has one type.
+    workings: 16-bit copies of the masters, or None where the network computes with the masters. grad_scale,
+    found_inf: float32 scalars, or None.
     """
+    if not use_triton(clock.step):
+        _update_on_cpu(masters, grads, exp_avgs, exp_avg_sqs, workings, clock, form, grad_scale, found_inf)
+        return
+    for some in _launches(masters):
+        state = [_members(tensors, some) for tensors in (masters, grads, exp_avgs, exp_avg_sqs)]
+        mine, my_grads, my_exp_avgs, my_exp_avg_sqs = state
+        my_workings = None if workings is None else _members(workings, some)
+        launch(
+            _update_kernel,
+            _grid(mine),
+            *state,
+            my_workings,
+            _sizes(mine),
+            clock.alpha,
+            clock.eps_hat,
+            grad_scale,
+            found_inf,
+            reads=(*mine, *my_grads, *my_exp_avgs, *my_exp_avg_sqs),
+            writes=(*mine, *my_exp_avgs, *my_exp_avg_sqs, *(my_workings or ())),
+            BETA1=form.beta1,
+            BETA2=form.beta2,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
+
+
+def _launches(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """The indices of ``tensors`` launch by launch: small ones together, large ones alone."""
+    small = []
+    for index, tensor in enumerate(tensors):
+        if tensor.numel() >= LARGE:
+            yield [index]
+        else:
+            small.append(index)
+    for start in range(0, len(small), MOST_TENSORS):
+        yield small[start : start + MOST_TENSORS]
+
+
+def _members(tensors: Sequence[Tensor], indices: list[int]) -> tuple[Tensor, ...]:
+    return tuple(tensors[index] for index in indices)
+
+
+def _sizes(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(tensor.numel() for tensor in tensors)
+
+
+def _grid(tensors: Sequence[Tensor]) -> tuple[int]:
+    return (sum(-(-tensor.numel() // BLOCK) for tensor in tensors),)
+
+
+def _update_on_cpu(
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    workings: Sequence[Tensor] | None,
+    clock: AdamClock,
+    form: AdamForm,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """PyTorch's fused Adam, one pass as fast as the memory; Keras's form is torch's at step infinity."""
     lr, step = (clock.alpha, clock.far) if form.keras_eps else (clock.lr, clock.step)
 
     def fused(masters, grads, exp_avgs, exp_avg_sqs):
@@ -99,10 +345,9 @@ def update(
     if workings is None:
         fused(masters, grads, exp_avgs, exp_avg_sqs)
         return
-    scratch = torch.empty(CPU_CHUNK, dtype=torch.float32)
+    scratch = torch.empty(CPU_CHUNK, dtype=masters[0].dtype)
     for tensors in zip(masters, grads, exp_avgs, exp_avg_sqs, workings, strict=True):
-        for master, grad, exp_avg, exp_avg_sq, working in zip(
-            *(t.split(CPU_CHUNK) for t in tensors), strict=True
-        ):
+        chunks = (tensor.split(CPU_CHUNK) for tensor in tensors)
+        for master, grad, exp_avg, exp_avg_sq, working in zip(*chunks, strict=True):
             fused([master], [scratch[: grad.numel()].copy_(grad)], [exp_avg], [exp_avg_sq])
             working.copy_(master)
