@@ -239,7 +239,8 @@ def norm_act_backward(
 
 
 class GanLoss(NamedTuple):
-    """losses: float32 (4,): disc_loss, gen_gan_loss, disc_real_loss, disc_fake_loss, the last two unweighted.
+    """losses: (4,) disc_loss, gen_gan_loss, disc_real_loss, disc_fake_loss, the last two without the factor;
+    float32 (float64 for float64).
 
     disc_grad: gradient of disc_loss with respect to all logits. gen_grad: gradient of gen_gan_loss with
     respect to the logits of the fake half. Both times ``scale``, in the type of the logits.
@@ -250,20 +251,33 @@ class GanLoss(NamedTuple):
     gen_grad: Tensor
 
 
+def check_gan_mode(mode: str) -> None:
+    """Raise ValueError for a loss that is not implemented."""
+    if mode not in ("vanilla", "lsgan"):
+        raise ValueError(f"gan_mode is {mode!r}; it can be 'vanilla' or 'lsgan'")
+
+
+def check_halves(logits: Tensor) -> None:
+    """Raise ValueError for logits that cannot be those of as many real as fake images."""
+    if logits.shape[0] % 2:
+        raise ValueError(f"a batch of {logits.shape[0]} logit maps is not [real; fake] in equal parts")
+
+
 def _criterion(logits: Tensor, real: bool, mode: str) -> tuple[Tensor, Tensor]:
     """Mean loss of ``logits`` against real or fake, and its gradient, in the compute type.
 
     vanilla is binary cross-entropy with logits, max(x, 0) - x z + log(1 + exp(-|x|)); lsgan is the mean
-    squared distance from 1 or 0 (Mao et al., 2017).
+    squared distance from 1 or 0 (Mao et al., 2017). ValueError for another mode.
     """
+    check_gan_mode(mode)
     x = logits.to(compute_dtype(logits.dtype))
     target = 1.0 if real else 0.0
     if mode == "vanilla":
         loss = x.clamp(min=0) - x * target + torch.log1p(torch.exp(-x.abs()))
-        return loss.mean(), (torch.sigmoid(x) - target) / x.numel()
-    if mode == "lsgan":
-        return (x - target).square().mean(), 2 * (x - target) / x.numel()
-    raise ValueError(f"gan_mode is {mode!r}; it can be 'vanilla' or 'lsgan'")
+        # sigmoid(x) - 1 would lose all digits where the logit is large, and 16-bit gradients are scaled up.
+        gradient = -torch.sigmoid(-x) if real else torch.sigmoid(x)
+        return loss.mean(), gradient / x.numel()
+    return (x - target).square().mean(), 2 * (x - target) / x.numel()
 
 
 def gan_loss(
@@ -279,7 +293,9 @@ def gan_loss(
     logits: (2 B, 1, h, w), the halves being [real; fake], or [fake; real] where ``real_first`` is False.
     disc_loss is ``disc_factor`` times (real + fake): 1 in the TensorFlow tutorial, 1/2 in
     pytorch-CycleGAN-and-pix2pix. scale: float32 scalar tensor that multiplies the gradients (fp16).
+    ValueError for another mode or an odd batch.
     """
+    check_halves(logits)
     first, second = logits.chunk(2)
     real, fake = (first, second) if real_first else (second, first)
     real_loss, real_grad = _criterion(real, True, mode)
@@ -290,17 +306,19 @@ def gan_loss(
     if scale is not None:
         disc_grad, gen_grad = disc_grad * scale, gen_grad * scale
     losses = torch.stack((disc_factor * (real_loss + fake_loss), gen_loss, real_loss, fake_loss))
-    return GanLoss(losses.float(), disc_grad.to(logits.dtype), gen_grad.to(logits.dtype))
+    return GanLoss(losses, disc_grad.to(logits.dtype), gen_grad.to(logits.dtype))
 
 
 def gan_target_loss(
     logits: Tensor, real: bool, *, mode: str = "vanilla", scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Loss (float32 scalar) of ``logits`` against one target, and its gradient times ``scale``."""
+    """Loss of ``logits`` against one target (a float32 scalar, float64 for float64), and its gradient times
+    ``scale``, in the type of the logits.
+    """
     loss, gradient = _criterion(logits, real, mode)
     if scale is not None:
         gradient = gradient * scale
-    return loss.float(), gradient.to(logits.dtype)
+    return loss, gradient.to(logits.dtype)
 
 
 # ------------------------------------------------------------------------------------------ pixel loss
@@ -323,12 +341,15 @@ def pixel_loss_forward(
 def pixel_loss_backward(
     dfake: Tensor | None, dl1: Tensor | None, fake: Tensor, target: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of ``x`` and ``bias``, from those of the image (or None) and of the loss (scalar, or None)."""
+    """Gradients of ``x`` and ``bias`` from those of the image and of the loss, either of which may be None.
+
+    dfake: (N, C, H, W), possibly a channel slice. dl1: scalar in the type of the loss.
+    """
     fake_value = fake.to(compute_dtype(fake.dtype))
     gradient = torch.zeros_like(fake_value) if dfake is None else dfake.to(fake_value.dtype)
     if dl1 is not None:
         gradient = gradient + (fake_value - target).sign() * (dl1 / fake.numel())
-    dx = gradient * (1 - fake_value.square())
+    dx = gradient * (1 - fake_value) * (1 + fake_value)  # 1 - square would cancel where tanh saturates
     dbias = None if bias is None else dx.sum((0, 2, 3)).to(bias.dtype)
     return dx.to(fake.dtype, memory_format=torch.channels_last), dbias
 
