@@ -196,7 +196,7 @@ def train(config: TrainConfig) -> None:
         checkpoint.save(folder, done, state, config.keep_checkpoints)
 
     stream = loader.stream(epoch, position)
-    saved_at = done
+    first = done
     with stop_requests() as stops:
         try:
             while done < total and not stops:
@@ -213,11 +213,12 @@ def train(config: TrainConfig) -> None:
                     monitor.show_samples(done, step.generator)
                 if done % config.save_latest_freq == 0:
                     save()
-                    saved_at = done
-            if saved_at != done:
+            if done > first:
                 monitor.show_losses(done, lr)
-                monitor.show_samples(done, step.generator)
-                save()
+                if done % config.display_freq:
+                    monitor.show_samples(done, step.generator)
+                if done % config.save_latest_freq:
+                    save()
         finally:
             monitor.close()
             loader.close()
