@@ -3,8 +3,10 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 try:
@@ -13,11 +15,14 @@ try:
 except ImportError:  # no Triton for this platform: kernels are defined as plain functions that nobody calls
     from types import SimpleNamespace
 
-    triton = SimpleNamespace(jit=lambda function: function)
-    tl = SimpleNamespace(constexpr=lambda value: value)
+    triton = SimpleNamespace(jit=lambda function=None, **_: function or (lambda decorated: decorated))
+    tl = SimpleNamespace(constexpr=None, float32=None, float64=None)
     HAS_TRITON = False
 else:
     HAS_TRITON = True
+
+DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+"""Types that kernels compute in, as a kernel's constants."""
 
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 """The kernels were defined for Triton's interpreter: they take CPU tensors and are never compiled.
@@ -32,16 +37,16 @@ kernels_on_cpu = INTERPRETING
 class Launch(NamedTuple):
     """One kernel launch: what ``launch`` was called with.
 
-    reads, writes: the tensors (slices of larger buffers included) of which every element is read or written
-    once; the same tensor more than once where the kernel passes over it more than once.
+    reads, writes: the tensors (slices of larger buffers included) of which every element is read or written,
+    or None for one that this launch does without.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     options: dict[str, Any]
-    reads: Sequence[Tensor]
-    writes: Sequence[Tensor]
+    reads: Sequence[Tensor | None]
+    writes: Sequence[Tensor | None]
 
     @property
     def name(self) -> str:
@@ -49,8 +54,8 @@ class Launch(NamedTuple):
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that must cross the memory bus, were nothing cached."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.reads, *self.writes))
+        """Bytes of all operands, each counted once."""
+        return sum(t.numel() * t.element_size() for t in (*self.reads, *self.writes) if t is not None)
 
     def run(self) -> None:
         """Enqueue the kernel (again), on the same tensors."""
@@ -67,8 +72,8 @@ def launch(
     kernel: Any,
     grid: tuple[int, ...],
     *args: Any,
-    reads: Sequence[Tensor],
-    writes: Sequence[Tensor],
+    reads: Sequence[Tensor | None],
+    writes: Sequence[Tensor | None],
     **options: Any,
 ) -> None:
     """Enqueue ``kernel`` on ``grid``: the only way in which this package starts a kernel.
@@ -103,3 +108,127 @@ def use_triton(x: Tensor) -> bool:
     if not HAS_TRITON:
         return False
     return x.is_cuda or not _running or (kernels_on_cpu and x.device.type == "cpu")
+
+
+# ------------------------------------------------------------------------------------- images as matrices
+
+
+def pixel_stride(image: Tensor) -> int | None:
+    """Elements from one pixel of (N, C, H, W) to the next, or None if they don't lie at equal distances.
+
+    A channels-last image, a slice of its channels and a range of its batch have one. Dimensions of size 1
+    can have any stride.
+    """
+    n, c, h, w = image.shape
+    per_image, per_channel, per_row, per_column = image.stride()
+    if c > 1 and per_channel != 1:
+        return None
+    # The innermost dimension of more than one pixel decides; the others must agree with it.
+    stride = per_column if w > 1 else per_row if h > 1 else per_image if n > 1 else c
+    agrees = (h == 1 or per_row == w * stride) and (n == 1 or per_image == h * w * stride)
+    return stride if agrees and stride >= c else None
+
+
+def as_pixels(image: Tensor) -> Tensor:
+    """``image`` itself if it has a pixel stride, else a channels-last copy."""
+    return image.contiguous(memory_format=torch.channels_last) if pixel_stride(image) is None else image
+
+
+# -------------------------------------------------------------------------------------------- block sizes
+
+WARP = 32
+VECTOR_BYTES = 16
+"""The widest access of one thread. Triton narrows it where threads would be left without work, so a tile has
+a vector for every thread wherever the image has the values."""
+
+SECTOR_BYTES = 32
+"""What caches and memory move at least: to read less of a pixel wastes bandwidth."""
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How the programs of a kernel are cut out of an image.
+
+    sectors: of each pixel, at least. values: of a tile, held by each thread. most_warps: of one program.
+    """
+
+    sectors: int
+    values: int
+    most_warps: int
+
+
+# A program that walks over all pixels of its channels. There are few (32 for 512 channels in 16 bit), so each
+# takes the narrowest slice that wastes no bandwidth, and many warps. Forward, a thread has two 16-bit or four
+# fp32 vectors in flight. Backward it reads three images, so half of each will do; what it knows about its
+# channels (eight numbers each) takes 64 registers, more than the 128 in all that 16 warps would leave it.
+WHOLE_FORWARD = Regime(sectors=1, values=16, most_warps=16)
+WHOLE_BACKWARD = Regime(sectors=1, values=8, most_warps=8)
+
+# Programs that share the pixels. With two sectors of each pixel, a warp's load touches 8 lines of
+# the L1, which looks them up as fast as the L2 delivers; with 8 warps, two or more programs fit on a
+# multiprocessor and hide each other's waiting.
+CHUNK_FORWARD = Regime(sectors=2, values=16, most_warps=8)
+CHUNK_BACKWARD = Regime(sectors=2, values=8, most_warps=8)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The pixels and channels that a program holds in registers at a time, and the warps that hold them."""
+
+    pixels: int
+    channels: int
+    num_warps: int
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def choose_tile(pixels: int, channels: int, itemsize: int, regime: Regime) -> Tile:
+    """As many pixels as the warps can hold; if there are too few, more channels."""
+    vector = VECTOR_BYTES // itemsize
+    all_channels = next_power_of_2(channels)
+    block_channels = min(regime.sectors * SECTOR_BYTES // itemsize, all_channels)
+    block_pixels = min(next_power_of_2(pixels), regime.most_warps * WARP * regime.values // block_channels)
+    block_channels = min(max(block_channels, WARP * vector // block_pixels), all_channels)
+    num_warps = block_pixels * block_channels // (WARP * regime.values)
+    return Tile(block_pixels, block_channels, min(max(num_warps, 1), regime.most_warps))
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How the pixels of a group are shared: ``count`` programs take ``pixels`` each, the last one fewer."""
+
+    count: int
+    pixels: int
+
+
+def _chunks(pixels: int, tile: Tile, values_each: int, most: int | None = None) -> Chunks:
+    each = max(values_each // tile.channels, tile.pixels)
+    if most is not None:
+        each = max(each, cdiv(cdiv(pixels, most), tile.pixels) * tile.pixels)
+    return Chunks(cdiv(pixels, each), each)
+
+
+def reduction_chunks(pixels: int, tile: Tile) -> Chunks:
+    """For partial sums: 2**14 values each, which makes 64 programs of a 128x128x64 image.
+
+    Every program of the next launch reads the partial sums of all chunks: there are never more than 128.
+    """
+    return _chunks(pixels, tile, 2**14, most=128)
+
+
+def elementwise_chunks(pixels: int, tile: Tile) -> Chunks:
+    """For everything else: 2**13 values each, against which reading the per-channel numbers weighs little."""
+    return _chunks(pixels, tile, 2**13)
+
+
+FEW_PIXELS = 1024
+"""Up to so many pixels, all groups together, one launch does it all. Model: a program's slice is then at most
+32 KiB an image, read again from the L1 cache, and takes about as long as a second launch would."""
