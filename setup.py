@@ -23,6 +23,8 @@ setup(
         "tyro>=0.9",
         "tqdm>=4.65",
         "pooch[progress]>=1.8",
+        "requests>=2.28",
+        "filelock>=3.12",
     ],
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6.100"],
