@@ -164,7 +164,8 @@ class Scene:
         levels = np.linspace(top + cornice + 2, ground, storeys + 1).round().astype(int).tolist()
         self.choose_windows(edges[1] - edges[0], levels[1] - levels[0])
 
-        if self.chance(0.35):
+        pillars = self.chance(0.35)
+        if pillars:
             for x in sorted({x0, *edges[1:-1][:: self.between(1, 3)], x1 - 5}):
                 self.pillar(x, top + cornice, x + 5, ground)
         banded = self.chance(0.7)
@@ -175,7 +176,7 @@ class Scene:
             here = balconies if self.chance(0.55) else []
             for column, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
                 self.window((a + b) // 2, (y0 + y1 + 3) // 2, balcony=column in here)
-            if self.panels and not here:
+            if self.panels and not here and not pillars:
                 for x in edges[1:-1]:
                     self.panel(x, (y0 + y1) // 2)
         self.ground_floor(edges, ground, bottom)
@@ -399,7 +400,7 @@ class Scene:
         texture += np.where(wall, 0.03 * (stains + streaks), 0)
         if self.chance(0.35):
             texture[wall] *= self.brickwork()[wall]
-        light = np.asarray(self.light.reduce(2).filter(ImageFilter.GaussianBlur(0.6)), np.float32) / 255
+        light = np.asarray(self.light.reduce(2), np.float32) / 255
         light = light * (1 + 0.05 * self.noise(3, 3)) * self.cast_shadow()
 
         # Sunlight is warm or neutral, and what it does not reach is lit by the sky.
@@ -425,20 +426,12 @@ class Scene:
 
     def cast_shadow(self) -> np.ndarray:
         """The shadow of the houses across the street, or none."""
-        cast = Image.new("L", (SIZE, SIZE), 255)
+        cast = Image.new("F", (64, 64), 1)  # coarse, so that its edge is soft
         if self.chance(0.45):
-            eaves, ridge = self.between(120, 220), self.between(80, 220)
-            roofs = [
-                (0, eaves),
-                (60, ridge),
-                (120, eaves),
-                (121, ridge),
-                (SIZE, ridge),
-                (SIZE, SIZE),
-                (0, SIZE),
-            ]
-            ImageDraw.Draw(cast).polygon(roofs, 150)
-        return np.asarray(cast.filter(ImageFilter.GaussianBlur(2)), np.float32) / 255
+            eaves, ridge = self.between(30, 55), self.between(20, 55)
+            roofs = [(0, eaves), (15, ridge), (30, eaves), (30, ridge), (64, ridge), (64, 64), (0, 64)]
+            ImageDraw.Draw(cast).polygon(roofs, 0.6)
+        return np.asarray(cast.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
 
 def _ink(colour) -> tuple[int, ...]:
