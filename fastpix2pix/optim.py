@@ -122,17 +122,41 @@ class MasterAdam(Optimizer):
         if self.loss_scale is not None and self._found_inf is None:
             self._found_inf = torch.zeros((), dtype=torch.float32, device=device)
 
+    def parameters(self) -> Iterable[Parameter]:
+        """All parameters of all groups."""
+        return self._group_of.keys()
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that a step may write, the parameters themselves excepted."""
+        own = [tensor for clock in self._clocks for tensor in clock]
+        for state in self.state.values():
+            own += [tensor for name, tensor in state.items() if name != "step"]  # the step is a clock's
+        return own if self._found_inf is None else [*own, self._found_inf]
+
     def _master(self, p: Parameter) -> Tensor:
         return self.state[p].get("master", p.detach())
+
+    def masters(self) -> list[Tensor]:
+        """The float32 (or float64) weights, in the order of ``parameters``."""
+        return [self._master(p) for p in self._group_of]
+
+    @torch.no_grad()
+    def set_masters(self, values: Iterable[Tensor]) -> None:
+        """Copy ``values``, in the order of ``parameters``, to the masters and round them to the parameters."""
+        for p, value in zip(self._group_of, values, strict=True):
+            self._master(p).copy_(value)
+            p.copy_(self._master(p))
 
     @torch.no_grad()
     def adopt_parameters(self) -> None:
         """Take the masters from the parameters: call it when something else has written those.
 
-        Needed for 16-bit parameters only, after weights were loaded or initialised behind the optimizer.
+        Needed for 16-bit parameters only, after weights were loaded or initialised behind the optimizer's
+        back.
         """
-        for p in self._group_of:
-            self._master(p).copy_(p)
+        for p, state in self.state.items():
+            if "master" in state:
+                state["master"].copy_(p)
 
     def state_dict(self) -> dict[str, Any]:
         """As any torch optimizer's; each parameter's state has ``step``, ``exp_avg``, ``exp_avg_sq`` and
@@ -150,7 +174,7 @@ class MasterAdam(Optimizer):
         """Copy a ``state_dict`` into this optimizer's tensors *and parameters*, which are set to the masters.
 
         The state may come from parameters of another type or device. Raises ValueError when it has other
-        groups or shapes.
+        groups or shapes, or is that of another kind of optimizer.
         """
         groups, states = state_dict["param_groups"], state_dict["state"]
         if [len(group["params"]) for group in groups] != [
@@ -159,6 +183,9 @@ class MasterAdam(Optimizer):
             raise ValueError("the state's parameter groups are not those of this optimizer")
         indices = [index for group in groups for index in group["params"]]
         for index, p in zip(indices, self._group_of, strict=True):
+            missing = {"step", "exp_avg", "exp_avg_sq", "master"} - states[index].keys()
+            if missing:
+                raise ValueError(f"the state's parameter {index} has no {', '.join(sorted(missing))}")
             if states[index]["master"].shape != p.shape:
                 raise ValueError(
                     f"the state's parameter {index} is {tuple(states[index]['master'].shape)}, "
@@ -178,7 +205,10 @@ class MasterAdam(Optimizer):
         """Copy the groups' learning rates to the device where they have changed since the last time."""
         for index, group in enumerate(self.param_groups[: len(self._clocks)]):
             if group["lr"] != self._uploaded_lr[index]:
-                self._clocks[index].lr.fill_(group["lr"])
+                lr = self._clocks[index].lr
+                if lr.is_cuda and torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError("the learning rate would be frozen in the graph: upload_lr first")
+                lr.fill_(group["lr"])
                 self._uploaded_lr[index] = group["lr"]
 
     @torch.no_grad()
@@ -191,22 +221,27 @@ class MasterAdam(Optimizer):
             adam.advance(clock, _form(group), self._found_inf)
 
     def _look_for_non_finite(self) -> None:
-        grads = [p.grad for p in self._group_of if p.grad is not None]
-        adam.non_finite(grads, self._found_inf)
+        self._found_inf.zero_()
+        for some in self._by_kind(p for p in self._group_of if p.grad is not None).values():
+            adam.mark_non_finite([_flat_grad(p) for p in some], self._found_inf)
         seen = self.loss_scale.found_inf
         torch.maximum(seen, self._found_inf, out=seen)
+
+    def _by_kind(self, parameters: Iterable[Parameter]) -> dict[tuple[int, torch.dtype], list[Parameter]]:
+        """``parameters``, apart by group and type."""
+        kinds = {}
+        for p in parameters:
+            kinds.setdefault((self._group_of[p], p.dtype), []).append(p)
+        return kinds
 
     @torch.no_grad()
     def step_parameters(self, parameters: Iterable[Parameter]) -> None:
         """Update ``parameters`` from their gradients, within the step that ``begin_step`` began."""
-        by_kind: dict[tuple[int, torch.dtype], list[Parameter]] = {}
-        for p in parameters:
-            by_kind.setdefault((self._group_of[p], p.dtype), []).append(p)
-        for (index, _), some in by_kind.items():
+        for (index, _), some in self._by_kind(parameters).items():
             states = [self.state[p] for p in some]
             adam.update(
                 [_flat(self._master(p)) for p in some],
-                [_flat(_in_layout_of(p, p.grad)) for p in some],
+                [_flat_grad(p) for p in some],
                 [_flat(state["exp_avg"]) for state in states],
                 [_flat(state["exp_avg_sq"]) for state in states],
                 [_flat(p.detach()) for p in some] if "master" in states[0] else None,
@@ -237,10 +272,14 @@ def _same_layout(a: Tensor, b: Tensor) -> bool:
     return all(m == n for m, n, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size > 1)
 
 
-def _in_layout_of(p: Tensor, grad: Tensor) -> Tensor:
-    return grad if _same_layout(grad, p) else torch.empty_like(p, dtype=grad.dtype).copy_(grad)
-
-
 def _flat(dense: Tensor) -> Tensor:
     """All elements of a dense tensor as a vector, in the order of memory."""
     return dense.as_strided((dense.numel(),), (1,))
+
+
+def _flat_grad(p: Parameter) -> Tensor:
+    """The elements of ``p.grad`` in the order in which those of ``p`` lie in memory."""
+    grad = p.grad
+    if not _same_layout(grad, p):
+        grad = torch.empty_like(p, dtype=grad.dtype).copy_(grad)
+    return _flat(grad)

@@ -69,11 +69,10 @@ class AdamClock(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------ kernels
 #
-# masters, exp_avgs, exp_avg_sqs: tuples of pointers to fp32 (or fp64) vectors. grads: the same in any float
-#     type. workings: 16-bit vectors that receive the rounded masters, or None.
-# sizes: tuple of the vectors' lengths.
-# step_ptr, lr_ptr, alpha_ptr, eps_hat_ptr: the scalars of ``AdamClock``.
-# grad_scale_ptr, found_inf_ptr: float32 scalars, or None without a loss scale.
+# masters, exp_avgs, exp_avg_sqs: tuples of fp32 (or fp64) vectors. grads: the same in any float type.
+# workings: 16-bit vectors that receive the rounded masters, or None. sizes: tuple of the vectors' lengths.
+# clock: an ``AdamClock``. grad_scale, found_inf: float32 scalars, or None without a loss scale.
+# BETA1, BETA2, EPS, KERAS_EPS: of an ``AdamForm``.
 #
 # Programs are numbered through the blocks of the first vector, then those of the second, and so on.
 
@@ -102,84 +101,81 @@ def _pick(choices, which):
 
 
 @triton.jit
-def _update_kernel(
+def adam_update(
     masters,
     grads,
     exp_avgs,
     exp_avg_sqs,
     workings,
     sizes,
-    alpha_ptr,
-    eps_hat_ptr,
-    grad_scale_ptr,
-    found_inf_ptr,
+    clock,
+    grad_scale,
+    found_inf,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    if found_inf_ptr is not None:  # noqa: SIM102 (decided when compiling, the next one when running)
-        if tl.load(found_inf_ptr) != 0.0:
+    if found_inf is not None:  # noqa: SIM102 (decided when compiling, the next one when running)
+        if tl.load(found_inf) != 0.0:
             return
     which, block = _own_block(sizes, BLOCK)
     position = block * BLOCK + tl.arange(0, BLOCK)
     inside = position < _pick(sizes, which)
-    master_ptr = _pick(masters, which) + position
-    exp_avg_ptr = _pick(exp_avgs, which) + position
-    exp_avg_sq_ptr = _pick(exp_avg_sqs, which) + position
+    master_at = _pick(masters, which) + position
+    exp_avg_at = _pick(exp_avgs, which) + position
+    exp_avg_sq_at = _pick(exp_avg_sqs, which) + position
 
-    master = tl.load(master_ptr, mask=inside)
-    m = tl.load(exp_avg_ptr, mask=inside)
-    v = tl.load(exp_avg_sq_ptr, mask=inside)
+    master = tl.load(master_at, mask=inside)
+    m = tl.load(exp_avg_at, mask=inside)
+    v = tl.load(exp_avg_sq_at, mask=inside)
     g = tl.load(_pick(grads, which) + position, mask=inside).to(master.dtype)
-    if grad_scale_ptr is not None:
-        g = g / tl.load(grad_scale_ptr).to(master.dtype)
-    alpha = tl.load(alpha_ptr).to(master.dtype)
-    eps_hat = tl.load(eps_hat_ptr).to(master.dtype)
+    if grad_scale is not None:
+        g = g / tl.load(grad_scale).to(master.dtype)
+    alpha = tl.load(clock.alpha).to(master.dtype)
+    eps_hat = tl.load(clock.eps_hat).to(master.dtype)
 
     m = m + (g - m) * (1 - BETA1)
     v = v * BETA2 + g * g * (1 - BETA2)
     master = master - alpha * m / (tl.sqrt(v) + eps_hat)
 
-    tl.store(master_ptr, master, mask=inside)
-    tl.store(exp_avg_ptr, m, mask=inside)
-    tl.store(exp_avg_sq_ptr, v, mask=inside)
+    tl.store(master_at, master, mask=inside)
+    tl.store(exp_avg_at, m, mask=inside)
+    tl.store(exp_avg_sq_at, v, mask=inside)
     if workings is not None:
         tl.store(_pick(workings, which) + position, master, mask=inside)
 
 
 @triton.jit
-def _advance_kernel(
-    step_ptr,
-    lr_ptr,
-    alpha_ptr,
-    eps_hat_ptr,
-    found_inf_ptr,
+def adam_advance(
+    clock,
+    found_inf,
     LOG2_BETA1: tl.constexpr,
     LOG2_BETA2: tl.constexpr,
     EPS: tl.constexpr,
     KERAS_EPS: tl.constexpr,
 ):
     """One program, once a step, so that no other has to raise anything to a power in fp64."""
-    step = tl.load(step_ptr)
-    if found_inf_ptr is not None:
-        step += tl.load(found_inf_ptr) == 0.0
+    step = tl.load(clock.step)
+    if found_inf is not None:
+        step += tl.load(found_inf) == 0.0
     else:
         step += 1
     t = step.to(tl.float64)
     root_c2 = tl.sqrt(1 - tl.exp2(t * LOG2_BETA2))
-    tl.store(step_ptr, step)
-    tl.store(alpha_ptr, tl.load(lr_ptr) * root_c2 / (1 - tl.exp2(t * LOG2_BETA1)))
-    tl.store(eps_hat_ptr, tl.full((), EPS, tl.float64) if KERAS_EPS else EPS * root_c2)
+    tl.store(clock.step, step)
+    tl.store(clock.alpha, tl.load(clock.lr) * root_c2 / (1 - tl.exp2(t * LOG2_BETA1)))
+    tl.store(clock.eps_hat, tl.full((), EPS, tl.float64) if KERAS_EPS else EPS * root_c2)
 
 
 @triton.jit
-def _non_finite_kernel(grads, sizes, found_inf_ptr, BLOCK: tl.constexpr):
+def adam_mark_non_finite(grads, sizes, found_inf, BLOCK: tl.constexpr):
     """Every offender stores the same 1, so that nobody has to wait for anybody."""
     which, block = _own_block(sizes, BLOCK)
     position = block * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(_pick(grads, which) + position, mask=position < _pick(sizes, which), other=0.0)
-    finite = tl.abs(g.to(tl.float32)) < float("inf")  # false for NaN
-    tl.store(found_inf_ptr + tl.zeros((BLOCK,), tl.int32), 1.0, mask=finite == 0)
+    value = g if g.dtype == tl.float64 else g.to(tl.float32)
+    finite = tl.abs(value) < float("inf")  # false for NaN
+    tl.store(found_inf + tl.zeros((BLOCK,), tl.int32), 1.0, mask=finite == 0)
 
 
 # -------------------------------------------------------------------------------------------------- ops
@@ -188,22 +184,18 @@ def _non_finite_kernel(grads, sizes, found_inf_ptr, BLOCK: tl.constexpr):
 def advance(clock: AdamClock, form: AdamForm, found_inf: Tensor | None = None) -> None:
     """Count one step, unless ``found_inf`` is non-zero, and set alpha and eps_hat for it."""
     if use_triton(clock.step):
-        changed = (clock.step, clock.alpha, clock.eps_hat)
         launch(
-            _advance_kernel,
+            adam_advance,
             (1,),
-            clock.step,
-            clock.lr,
-            clock.alpha,
-            clock.eps_hat,
+            clock,
             found_inf,
-            reads=(clock.step, clock.lr),
-            writes=changed,
             LOG2_BETA1=_log2(form.beta1),
             LOG2_BETA2=_log2(form.beta2),
             EPS=form.eps,
             KERAS_EPS=form.keras_eps,
             num_warps=1,
+            reads=(clock.step, clock.lr, found_inf),
+            writes=(clock.step, clock.alpha, clock.eps_hat),
         )
         return
     clock.step.add_(1 if found_inf is None else found_inf == 0)
@@ -217,29 +209,28 @@ def _log2(beta: float) -> float:
     return math.log2(beta) if beta else -1e6  # exp2 of that is 0, as a power of 0 is
 
 
-def non_finite(grads: Sequence[Tensor], found_inf: Tensor) -> None:
-    """Set ``found_inf`` (float32 scalar) to 1 if any value of ``grads`` is infinite or NaN, else to 0.
+def mark_non_finite(grads: Sequence[Tensor], found_inf: Tensor) -> None:
+    """Set ``found_inf`` (float32 scalar) to 1 if any value of ``grads`` is infinite or NaN, else leave it.
 
     grads: flat contiguous tensors of one floating type.
     """
-    if use_triton(found_inf):
-        found_inf.zero_()
-        for some in _launches(grads):
-            mine = _members(grads, some)
-            launch(
-                _non_finite_kernel,
-                _grid(mine),
-                mine,
-                _sizes(mine),
-                found_inf,
-                reads=mine,
-                writes=(),
-                BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
-            )
+    if not use_triton(found_inf):
+        largest = torch.stack([torch.linalg.vector_norm(grad, torch.inf) for grad in grads])
+        torch.maximum(found_inf, largest.isfinite().all().logical_not(), out=found_inf)
         return
-    largest = torch.stack([torch.linalg.vector_norm(grad, torch.inf) for grad in grads])
-    found_inf.copy_(largest.isfinite().all().logical_not())
+    for some in _launches(grads):
+        mine = _members(grads, some)
+        launch(
+            adam_mark_non_finite,
+            _grid(mine),
+            mine,
+            _sizes(mine),
+            found_inf,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            reads=mine,
+            writes=(),
+        )
 
 
 def update(
@@ -267,21 +258,20 @@ def update(
         mine, my_grads, my_exp_avgs, my_exp_avg_sqs = state
         my_workings = None if workings is None else _members(workings, some)
         launch(
-            _update_kernel,
+            adam_update,
             _grid(mine),
             *state,
             my_workings,
             _sizes(mine),
-            clock.alpha,
-            clock.eps_hat,
+            clock,
             grad_scale,
             found_inf,
-            reads=(*mine, *my_grads, *my_exp_avgs, *my_exp_avg_sqs),
-            writes=(*mine, *my_exp_avgs, *my_exp_avg_sqs, *(my_workings or ())),
             BETA1=form.beta1,
             BETA2=form.beta2,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
+            reads=(*mine, *my_grads, *my_exp_avgs, *my_exp_avg_sqs),
+            writes=(*mine, *my_exp_avgs, *my_exp_avg_sqs, *(my_workings or ())),
         )
 
 

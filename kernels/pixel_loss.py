@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastpix2pix.kernels import reference
 from fastpix2pix.kernels.launch import (
@@ -264,6 +265,7 @@ class _PixelLoss(torch.autograd.Function):
         return fake, l1
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dfake, dl1):
         fake, target, bias = ctx.saved_tensors
         return *pixel_loss_backward(dfake, dl1, fake, target, bias), None, None
