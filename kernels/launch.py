@@ -34,6 +34,11 @@ kernels_on_cpu = INTERPRETING
 """Whether CPU tensors go to the interpreter; the tests turn it on where they mean it (tests/conftest.py)."""
 
 
+# Whether a * b + c is fused by itself differs between GPUs, the interpreter and versions of Triton. Kernels
+# that want it say tl.fma, so that what is tested is what runs.
+_COMPILATION = {"enable_fp_fusion": False}
+
+
 class Launch(NamedTuple):
     """One kernel launch: what ``launch`` was called with.
 
@@ -59,9 +64,11 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         """Enqueue the kernel (again), on the same tensors."""
-        # Fusing a * b + c differs between GPUs, the interpreter and Triton's versions; kernels that gain
-        # from it say tl.fma, so that what is tested is what runs.
-        self.kernel[self.grid](*self.args, **self.options, enable_fp_fusion=False)
+        self.kernel[self.grid](*self.args, **self.options, **_COMPILATION)
+
+    def compile(self) -> Any:
+        """The compiled kernel (``triton.compiler.CompiledKernel``), without launching it."""
+        return self.kernel.warmup(*self.args, grid=self.grid, **self.options, **_COMPILATION)
 
 
 _observer: Callable[[Launch], None] | None = None

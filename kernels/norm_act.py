@@ -10,6 +10,7 @@ Two regimes, by the number of pixels:
 Where no statistics are taken (no norm, or running statistics) one launch is left of the second regime.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -982,3 +983,71 @@ def norm_act(
     are new tensors that share it.
     """
     return _NormAct.apply(x, weight, bias, (running_mean, running_var), rng, config, (out, skip_out))
+
+
+# ----------------------------------------------------------------------------------------------- specimens
+
+
+def specimens(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every layer of both presets' networks, for 256x256 images at batch 1 (see report.py)."""
+    presets = {
+        "tutorial": (NormActConfig(eps=1e-3, momentum=0.01, unbiased=False, slope=0.3), 0.3, (2, 4, 8)),
+        "junyanz": (NormActConfig(slope=0.2), 0.0, (4, 8, 16)),
+    }
+    outer = ((128, 64), (64, 128), (32, 256))  # sizes and channels
+    inner = ((16, 512), (8, 512), (4, 512), (2, 512))
+    for preset, (config, skip_slope, dropping) in presets.items():
+        tutorial = preset == "tutorial"
+        for size, channels in outer + inner:
+            down = config._replace(norm=size != 128, skip_slope=skip_slope)
+            yield from _specimens(f"{preset} down", (1, channels, size, size), dtype, down)
+        bottleneck = config if tutorial else config._replace(norm=False, slope=0.0)
+        yield from _specimens(f"{preset} bottleneck", (1, 512, 1, 1), dtype, bottleneck)
+        for size, channels in outer + inner:
+            up = config._replace(slope=0.0, dropout=0.5 if size in dropping else 0.0, layer=2)
+            yield from _specimens(f"{preset} up", (1, channels, size, size), dtype, up, into_slice=True)
+        for size, channels in (*outer, (31, 512)):
+            first = size == 128
+            judge = config._replace(norm=not first, groups=2)
+            shape = (2, channels, size, size)
+            yield from _specimens(f"{preset} judge", shape, dtype, judge, bias=first and not tutorial)
+
+
+def _specimens(
+    name: str,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    config: NormActConfig,
+    *,
+    bias: bool = False,
+    into_slice: bool = False,
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """One layer forward and backward; of a batch of two also backward through the second half alone."""
+    n, c, h, w = shape
+    x = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    beside = torch.empty((n, 2 * c, h, w), dtype=dtype, memory_format=torch.channels_last)[:, c:]
+    numbers = torch.empty(4, c)
+    weight, bias_row, running_mean, running_var = numbers if config.norm else (None, None, None, None)
+    if bias:
+        bias_row = numbers[0]
+    mean = rstd = torch.empty(config.groups, c) if config.norm else None
+    rng = torch.empty(2, dtype=torch.int64)
+    y = beside if into_slice else x
+    skip = None if config.skip_slope is None else beside
+    label = f"{name} {h}x{w}x{c}"
+
+    def forward():
+        norm_act_forward(x, weight, bias_row, running_mean, running_var, rng, config, y, skip)
+
+    def backward():
+        norm_act_backward(y, skip, x, weight, bias_row, mean, rstd, rng, config)
+
+    def backward_half():
+        half = config._replace(groups=1)
+        rows = (None, None) if mean is None else (mean[1:], rstd[1:])
+        norm_act_backward(y[1:], None, x[1:], weight, bias_row, *rows, rng, half, needs_affine=False)
+
+    yield label, forward
+    yield label, backward
+    if n == 2:
+        yield f"{label} fake half", backward_half
