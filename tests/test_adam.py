@@ -4,16 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from rounding import RTOL, assert_stored
 
 from fastpix2pix.kernels import adam, launch, reference
 from fastpix2pix.kernels.adam import BLOCK, AdamClock, AdamForm
 
 KERAS, TORCH = AdamForm(0.5, 0.999, 1e-7, True), AdamForm(0.9, 0.99, 1e-8, False)
-
-# By the type that a value is stored in. The interpreter cuts bf16 off where a GPU rounds.
-RTOL = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
-ATOL = {torch.float64: 1e-15, torch.float32: 1e-9, torch.float16: 2.0**-25, torch.bfloat16: 1e-9}
 
 SIZES = (3, 1, 64, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5)
 
@@ -22,12 +18,6 @@ SIZES = (3, 1, 64, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5)
 def device(request: pytest.FixtureRequest) -> str:
     """Where to run: on the kernels, or on the CPU's own path."""
     return request.getfixturevalue("triton_device") if request.param == "triton" else "cpu"
-
-
-def assert_stored(actual: Tensor, exact: Tensor, slack: float = 0.0) -> None:
-    """``actual`` is ``exact`` (fp64) within what its type can hold."""
-    kind = actual.dtype
-    torch.testing.assert_close(actual.double(), exact, rtol=RTOL[kind], atol=ATOL[kind] + slack)
 
 
 class Tensors:
