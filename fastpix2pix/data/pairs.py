@@ -155,9 +155,10 @@ def _images(folder: Path) -> list[Path]:
     return sorted(files, key=lambda p: _natural(p.name))
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key under which digits compare as numbers."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name) if part]
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sort key under which digits compare as numbers, and before letters."""
+    parts = [part for part in re.split(r"([0-9]+)", name) if part]
+    return [(False, int(part), "") if part[0] in "0123456789" else (True, 0, part) for part in parts]
 
 
 def _match(a: Path, b: Path) -> list[tuple[Path, Path]]:

@@ -1,5 +1,6 @@
 """Pairs decoded by Pillow in the worker processes of a torch DataLoader, where DALI cannot be had."""
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -44,14 +45,14 @@ def resized_chunks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For each request (int64 (n,), indices into ``pairs``): (A, B), uint8 (n, load_size, load_size, 3).
 
-    ``num_threads`` worker processes run ahead of the consumer; to a GPU the pixels travel from pinned
-    memory. Raises ``UserError`` naming the file that cannot be decoded.
+    Up to ``num_threads`` worker processes run ahead of the consumer; to a GPU the pixels travel from
+    pinned memory. Raises ``UserError`` naming the file that cannot be decoded.
     """
     loader = DataLoader(
         ResizedPairs(pairs, load_size, interpolation),
         batch_size=None,
         sampler=requests,
-        num_workers=num_threads,
+        num_workers=min(num_threads, _cores()),
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_signals_to_the_parent,
     )
@@ -59,6 +60,10 @@ def resized_chunks(
         if isinstance(chunk, UserError):
             raise chunk
         yield tuple(half.to(device, non_blocking=True) for half in chunk)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

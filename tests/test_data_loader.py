@@ -1,0 +1,340 @@
+"""Every loader obeys the plan: batches against a plain numpy reading of the same files."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastpix2pix.data import find_pairs, open_loader
+from fastpix2pix.data import loader as loader_module
+from fastpix2pix.data.plan import Plan, epoch_plan
+from fastpix2pix.errors import UserError
+
+SIZES = {"load_size": 36, "crop_size": 32}
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(params=["dali", "portable"])
+def kind(request) -> str:
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali")
+    return request.param
+
+
+def write_pairs(
+    folder, count: int, suffix: str = ".png", size: tuple[int, int] = (40, 40)
+) -> list[np.ndarray]:
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = [RNG.integers(0, 256, (size[0], 2 * size[1], 3), dtype=np.uint8) for _ in range(count)]
+    for k, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{k + 1}{suffix}")
+    return pictures
+
+
+def expected_sample(half: np.ndarray, top: int, left: int, mirror: bool) -> np.ndarray:
+    """The tutorial's jitter, written out: nearest resize by the index rule, crop, flip, normalise."""
+    load, crop = SIZES["load_size"], SIZES["crop_size"]
+    rows, columns = (np.floor((np.arange(load) + 0.5) * n / load).astype(int) for n in half.shape[:2])
+    image = half[rows][:, columns][top : top + crop, left : left + crop]
+    image = image[:, ::-1] if mirror else image
+    return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def expected_stream(pictures, batch_size: int, direction: str, seed: int = 0, **plan):
+    """(source, target, epoch, position, names) of every batch, endlessly; images as (n, crop, crop, 3)."""
+    for epoch in itertools.count():
+        decisions = epoch_plan(seed, epoch, len(pictures), **SIZES, **plan)
+        for start in range(0, len(pictures), batch_size):
+            rows = range(start, min(start + batch_size, len(pictures)))
+            chosen = [Plan(*(d[i] for d in decisions)) for i in rows]
+            width = [pictures[c.order].shape[1] // 2 for c in chosen]
+            a = [
+                expected_sample(pictures[c.order][:, :w], *c[1:]) for c, w in zip(chosen, width, strict=True)
+            ]
+            b = [
+                expected_sample(pictures[c.order][:, w:], *c[1:]) for c, w in zip(chosen, width, strict=True)
+            ]
+            source, target = (np.stack(h) for h in ((a, b) if direction == "AtoB" else (b, a)))
+            after = (epoch + 1, 0) if rows.stop == len(pictures) else (epoch, rows.stop)
+            yield source, target, *after, tuple(str(c.order + 1) for c in chosen)
+
+
+def assert_same(batch, expected):
+    for image, truth in zip(batch[:2], expected[:2], strict=True):
+        assert image.is_contiguous(memory_format=torch.channels_last)
+        assert np.array_equal(image.permute(0, 2, 3, 1).numpy(), truth)
+    assert batch[2:] == expected[2:]
+
+
+def take(stream, count: int) -> list:
+    return list(itertools.islice(stream, count))
+
+
+@pytest.mark.parametrize(
+    "direction, batch_size, chunk, cache_bytes",
+    [("BtoA", 1, 4, 0), ("AtoB", 3, 6, 0), ("BtoA", 4, 1, 0), ("AtoB", 2, 4, 10**6)],
+)
+def test_batches_are_those_of_the_plan(tmp_path, kind, direction, batch_size, chunk, cache_bytes):
+    pictures = write_pairs(tmp_path / "train", 7)
+    settings = {"direction": direction, "batch_size": batch_size, "chunk": chunk, "cache_bytes": cache_bytes}
+    loader = open_loader(tmp_path, loader=kind, num_threads=1, **settings, **SIZES)
+    assert loader.kind == kind and len(loader) == 7
+    assert loader.batches_per_epoch == -(-7 // batch_size)
+    wanted = take(expected_stream(pictures, batch_size, direction), 3 * loader.batches_per_epoch)
+    for batch, expected in zip(loader.stream(), wanted, strict=False):
+        assert_same(batch, expected)
+    loader.close()
+
+
+def test_pictures_of_many_sizes_and_two_folders(tmp_path, kind):
+    sizes = [(40, 40), (36, 36), (50, 30), (64, 64), (20, 70)]
+    pictures = [RNG.integers(0, 256, (h, 2 * w, 3), dtype=np.uint8) for h, w in sizes]
+    for k, picture in enumerate(pictures):
+        for half, part in zip("AB", np.split(picture, 2, axis=1), strict=True):
+            folder = tmp_path / half / "train"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(part).save(folder / f"{k + 1}.png")
+    loader = open_loader(tmp_path, loader=kind, num_threads=1, batch_size=2, chunk=4, seed=5, **SIZES)
+    for batch, expected in zip(
+        loader.stream(), take(expected_stream(pictures, 2, "BtoA", seed=5), 6), strict=False
+    ):
+        assert_same(batch, expected)
+    loader.close()
+
+
+def test_without_shuffle_and_flip(tmp_path, kind):
+    pictures = write_pairs(tmp_path / "train", 3)
+    loader = open_loader(tmp_path, loader=kind, num_threads=1, shuffle=False, flip=False, **SIZES)
+    wanted = take(expected_stream(pictures, 1, "BtoA", shuffle=False, flip=False), 6)
+    batches = take(loader.stream(), 6)
+    assert [b.names for b in batches] == [("1",), ("2",), ("3",)] * 2
+    for batch, expected in zip(batches, wanted, strict=True):
+        assert_same(batch, expected)
+    loader.close()
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10**6])
+def test_resume_goes_on_exactly(tmp_path, kind, cache_bytes):
+    """Also in the middle of a chunk, of an epoch, and at its end."""
+    write_pairs(tmp_path / "train", 7)
+    settings = {
+        "loader": kind,
+        "num_threads": 1,
+        "batch_size": 2,
+        "chunk": 6,
+        "cache_bytes": cache_bytes,
+        **SIZES,
+    }
+    loader = open_loader(tmp_path, **settings)
+    run = take(loader.stream(), 12)
+    for stop in (0, 1, 3, 5):
+        resumed = open_loader(tmp_path, **settings)
+        for ours, theirs in zip(
+            resumed.stream(run[stop].epoch, run[stop].position), run[stop + 1 :], strict=False
+        ):
+            assert torch.equal(ours.source, theirs.source) and torch.equal(ours.target, theirs.target)
+            assert ours[2:] == theirs[2:]
+        resumed.close()
+    loader.close()
+
+
+def test_batches_outlive_their_chunk(tmp_path, kind):
+    """The decoder's buffers are reused; a batch that the user keeps must not change under his hands."""
+    pictures = write_pairs(tmp_path / "train", 8, size=(36, 36))  # no resize between decoder and batch
+    loader = open_loader(tmp_path, loader=kind, num_threads=1, batch_size=2, chunk=2, **SIZES)
+    batches = take(loader.stream(), 16)
+    for batch, expected in zip(batches, expected_stream(pictures, 2, "BtoA"), strict=False):
+        assert_same(batch, expected)
+    loader.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtype(tmp_path, kind, dtype):
+    pictures = write_pairs(tmp_path / "train", 2)
+    loader = open_loader(tmp_path, loader=kind, num_threads=1, dtype=dtype, **SIZES)
+    batch, expected = next(loader.stream()), next(expected_stream(pictures, 1, "BtoA"))
+    assert batch.source.dtype == batch.target.dtype == dtype
+    assert torch.equal(batch.source.permute(0, 2, 3, 1), torch.from_numpy(expected[0]).to(dtype))
+    loader.close()
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bicubic"])
+def test_dali_gives_pillows_samples_of_real_jpegs(facades, interpolation):
+    """Equal to the last bit where both decode with one libjpeg-turbo; another build may round differently."""
+    pytest.importorskip("nvidia.dali")
+    streams = [
+        open_loader(facades, loader=k, num_threads=1, batch_size=4, chunk=8, interpolation=interpolation)
+        for k in ("dali", "portable")
+    ]
+    for dali, portable in zip(*(take(loader.stream(3, 100), 6) for loader in streams), strict=True):
+        assert dali[2:] == portable[2:]
+        for ours, theirs in zip(dali[:2], portable[:2], strict=True):
+            assert (ours - theirs).abs().max() <= 1.001 / 127.5
+            assert (ours != theirs).float().mean() < 0.01
+    for loader in streams:
+        loader.close()
+
+
+def test_every_kind_of_file_gives_the_same_picture_everywhere(tmp_path, kind):
+    """Grey, CMYK, RGBA, palette, 16 bit, chroma at half size, progressive, rotated by EXIF."""
+    noise = Image.fromarray(RNG.integers(0, 256, (8, 16, 3), dtype=np.uint8)).resize((80, 40), Image.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for mode in ("L", "RGBA", "P", "1", "LA"):
+        noise.convert(mode).save(folder / f"{mode}.png")
+    Image.fromarray(RNG.integers(0, 65536, (40, 80)).astype(np.uint16)).save(folder / "deep.png")
+    for mode in ("L", "CMYK"):
+        noise.convert(mode).save(folder / f"{mode}.jpg", quality=95)
+    noise.save(folder / "chroma.jpg", subsampling=2)
+    noise.save(folder / "progressive.jpg", progressive=True)
+    noise.save(folder / "exif.jpg", exif=exif)
+    pairs = find_pairs(tmp_path, "train")
+    loader = open_loader(tmp_path, loader=kind, num_threads=1, shuffle=False, flip=False, **SIZES)
+    plan = epoch_plan(0, 0, len(pairs), **SIZES, flip=False, shuffle=False)
+    for k, (pair, batch) in enumerate(zip(pairs, loader.stream(), strict=False)):
+        for image, half in zip((batch.target, batch.source), pair.read(), strict=True):
+            truth = expected_sample(half, plan.top[k], plan.left[k], False)
+            off = abs(image[0].permute(1, 2, 0).numpy() - truth).max() * 127.5
+            assert off <= (1.01 if pair.a.suffix == ".jpg" else 0), (pair.a, off)
+    loader.close()
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10**6])
+def test_file_damaged_inside_is_named(tmp_path, kind, cache_bytes):
+    write_pairs(tmp_path / "train", 9)
+    path = tmp_path / "train" / "5.png"
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2 : len(damaged) // 2 + 60] = bytes(60)
+    path.write_bytes(damaged)
+    loader = open_loader(tmp_path, loader=kind, num_threads=1, chunk=2, cache_bytes=cache_bytes, **SIZES)
+    with pytest.raises(UserError) as caught:
+        take(loader.stream(), 9)
+    assert str(path) in str(caught.value) and "Traceback" not in str(caught.value)
+    loader.close()
+
+
+def test_file_that_vanishes_is_named(tmp_path, kind):
+    write_pairs(tmp_path / "train", 3)
+    loader = open_loader(tmp_path, loader=kind, num_threads=1, **SIZES)
+    (tmp_path / "train" / "2.png").unlink()
+    with pytest.raises(UserError, match="2.png"):
+        take(loader.stream(), 3)
+    loader.close()
+
+
+def test_good_batches_before_a_damaged_file_arrive(tmp_path, kind):
+    pictures = write_pairs(tmp_path / "train", 6)
+    loader = open_loader(tmp_path, loader=kind, num_threads=1, chunk=1, shuffle=False, **SIZES)
+    path = tmp_path / "train" / "6.png"
+    path.write_bytes(path.read_bytes()[:200])
+    wanted = expected_stream(pictures, 1, "BtoA", shuffle=False)
+    stream = loader.stream()
+    for expected in take(wanted, 5):
+        assert_same(next(stream), expected)
+    with pytest.raises(UserError, match="6.png"):
+        next(stream)
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"load_size": 30, "crop_size": 32}, "crop_size 32"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"seed": -1}, "seed -1"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path, settings, named):
+    write_pairs(tmp_path / "train", 1)
+    with pytest.raises(UserError, match=named):
+        open_loader(tmp_path, **{**SIZES, **settings})
+
+
+def test_loader_is_chosen_by_what_is_installed(tmp_path, monkeypatch):
+    write_pairs(tmp_path / "train", 1)
+    monkeypatch.setattr(loader_module, "find_spec", lambda name: None)
+    assert open_loader(tmp_path, **SIZES).kind == "portable"
+    with pytest.raises(UserError, match="--loader portable"):
+        open_loader(tmp_path, loader="dali", **SIZES)
+    monkeypatch.setattr(loader_module, "find_spec", lambda name: object())
+    assert open_loader(tmp_path, **SIZES).kind == "dali"
+    assert open_loader(tmp_path, loader="portable", **SIZES).kind == "portable"
+
+
+def test_cache_too_small_is_said_and_not_used(tmp_path, kind, caplog, monkeypatch):
+    write_pairs(tmp_path / "train", 3)
+    needed = 3 * 2 * 36 * 36 * 3
+    with caplog.at_level("WARNING"):
+        loader = open_loader(tmp_path, loader=kind, cache_bytes=needed - 1, **SIZES)
+    assert str(needed) in caplog.text
+    monkeypatch.setattr(loader, "_decode_all", lambda: pytest.fail("the cache was filled"))
+    next(loader.stream())
+    loader.close()
+
+
+def test_cache_decodes_once(tmp_path, kind):
+    pictures = write_pairs(tmp_path / "train", 3)
+    loader = open_loader(tmp_path, loader=kind, num_threads=1, cache_bytes=3 * 2 * 36 * 36 * 3, **SIZES)
+    stream = loader.stream()
+    first = next(stream)
+    for path in (tmp_path / "train").iterdir():
+        path.unlink()
+    for batch, expected in zip([first, *take(stream, 8)], expected_stream(pictures, 1, "BtoA"), strict=False):
+        assert_same(batch, expected)
+    assert_same(next(loader.stream()), next(expected_stream(pictures, 1, "BtoA")))
+    loader.close()
+
+
+# ---- DALI's GPU form ---------------------------------------------------------------------------
+
+
+def serialised(device: str, files_per_pair: int) -> list[bytes]:
+    """The words of the serialised pipeline: operators, arguments and their values as far as they are text."""
+    from fastpix2pix.data.dali import pair_pipeline
+
+    settings = {"batch_size": 4, "num_threads": 1, "device_id": None}
+    pipeline = pair_pipeline(source=lambda: None, files_per_pair=files_per_pair, device=device, **settings)
+    return re.findall(rb"[A-Za-z_][A-Za-z_.]{3,}", pipeline.serialize())
+
+
+@pytest.mark.parametrize("files_per_pair", [1, 2])
+def test_gpu_pipeline_is_the_cpu_pipeline_on_another_device(files_per_pair):
+    """DALI checks every operator, argument and device of the GPU form when it is serialised."""
+    pytest.importorskip("nvidia.dali")
+    on_cpu, on_gpu = (serialised(device, files_per_pair) for device in ("cpu", "gpu"))
+    assert on_gpu.count(b"mixed") == files_per_pair
+    assert on_gpu.count(b"Slice") == on_cpu.count(b"Slice")
+    assert [word for word in on_gpu if word != b"mixed"] == on_cpu
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache_bytes", [0, 10**7])
+def test_gpu_gives_the_cpus_samples(tmp_path, kind, cache_bytes):
+    pictures = write_pairs(tmp_path / "train", 7)
+    settings = {
+        "loader": kind,
+        "batch_size": 2,
+        "chunk": 4,
+        "cache_bytes": cache_bytes,
+        "device": "cuda",
+        **SIZES,
+    }
+    loader = open_loader(tmp_path, **settings)
+    for batch, expected in zip(loader.stream(), take(expected_stream(pictures, 2, "BtoA"), 12), strict=False):
+        assert batch.source.is_cuda and batch.target.is_cuda
+        assert_same(type(batch)(batch.source.cpu(), batch.target.cpu(), *batch[2:]), expected)
+    loader.close()
+
+
+@pytest.mark.gpu
+def test_nvjpeg_is_close_to_pillow(facades):
+    pytest.importorskip("nvidia.dali")
+    on_gpu = open_loader(facades, loader="dali", device="cuda", batch_size=8)
+    by_pillow = open_loader(facades, loader="portable", batch_size=8)
+    for ours, theirs in zip(*(take(loader.stream(), 3) for loader in (on_gpu, by_pillow)), strict=True):
+        off = (ours.source.cpu() - theirs.source).abs() * 127.5
+        assert off.mean() < 0.5 and off.max() <= 8
