@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastpix2pix.kernels import reference
 from fastpix2pix.kernels.launch import (
@@ -959,6 +960,7 @@ class _NormAct(torch.autograd.Function):
         return (y.detach(), skip.detach()) if skip is not None else y.detach()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dskip=None):
         needs_affine = any(ctx.needs_input_grad[1:3])
         gradients = norm_act_backward(dy, dskip, *ctx.saved_tensors, ctx.rng, ctx.config, needs_affine)

@@ -1,0 +1,348 @@
+"""``accelerate`` on three architectures of other people: nothing changes but who does the work."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastpix2pix.accelerate import BatchNorm2dAct, FusedDropout, InstanceNorm2dAct, accelerate
+from fastpix2pix.kernels.reference import dropout_mask
+
+NETWORKS = Path(__file__).parent / "junyanz_miniature" / "models" / "networks.py"
+
+
+def junyanz_pair(dropout):
+    """The U-Net, whose norms are mostly followed by another block, then its discriminator."""
+    spec = importlib.util.spec_from_file_location("junyanz_networks", NETWORKS)
+    networks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(networks)
+    unet = networks.define_G(3, 3, 4, "unet_128", "batch", dropout, "normal", 0.02)
+    patchgan = networks.define_D(3, 4, "basic", 3, "batch", "normal", 0.02)
+    return nn.Sequential(unet, patchgan)
+
+
+class TutorialUNet(nn.Module):
+    """The usual blocks: convolution, norm, (dropout,) activation in one nn.Sequential each."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        drop = [nn.Dropout(0.5)] if dropout else []
+        self.downs = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(i, o, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(o, eps=1e-3, momentum=0.01),
+                nn.LeakyReLU(0.3),
+            )
+            for i, o in ((3, 8), (8, 16), (16, 16))
+        )
+        self.ups = nn.ModuleList(
+            nn.Sequential(
+                nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False), nn.BatchNorm2d(o), *drop, nn.ReLU(inplace=True)
+            )
+            for i, o in ((16, 16), (32, 8), (16, 8))
+        )
+        self.last = nn.Conv2d(8, 3, 3, 1, 1)
+
+    def forward(self, x):
+        skips = []
+        for down in self.downs:
+            x = down(x)
+            skips.append(x)
+        x = self.ups[0](skips.pop())
+        for up in self.ups[1:]:
+            x = up(torch.cat([x, skips.pop()], 1))
+        return torch.tanh(self.last(x))
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, width, dropout):
+        super().__init__()
+        drop = [nn.Dropout(0.5)] if dropout else []
+        self.block = nn.Sequential(
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(width, width, 3),
+            nn.InstanceNorm2d(width),
+            nn.ReLU(True),
+            *drop,
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(width, width, 3),
+            nn.InstanceNorm2d(width),
+        )
+
+    def forward(self, x):
+        return x + self.block(x)
+
+
+def residual_generator(dropout):
+    """Global generator of pix2pixHD: instance norms, of which the second in each residual block ends it."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 7, padding=3),
+        nn.InstanceNorm2d(8, affine=True),
+        nn.ReLU(True),
+        nn.Conv2d(8, 16, 3, 2, 1),
+        nn.InstanceNorm2d(16),
+        nn.LeakyReLU(0.2, True),
+        ResidualBlock(16, dropout),
+        nn.ConvTranspose2d(16, 8, 3, 2, 1, output_padding=1),
+        nn.InstanceNorm2d(8),
+        nn.ReLU(True),
+        nn.Conv2d(8, 3, 7, padding=3),
+        nn.Tanh(),
+    )
+
+
+ARCHITECTURES = {
+    "junyanz": (junyanz_pair, 128),
+    "tutorial": (TutorialUNet, 32),
+    "residual": (residual_generator, 32),
+}
+FUSED = {  # with dropout: how many norms, how many of them fused, how many dropouts
+    "junyanz": (14, 5, 2),
+    "tutorial": (6, 6, 3),
+    "residual": (5, 4, 1),
+}
+
+
+def built(name, dropout):
+    """A network in float64 with norm parameters away from 1 and 0, and an input that wants a gradient."""
+    torch.manual_seed(0)
+    build, size = ARCHITECTURES[name]
+    network = build(dropout).double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return network, torch.randn(2, 3, size, size, dtype=torch.float64, requires_grad=True)
+
+
+def run(network, x):
+    """Output, gradients of the input and all parameters, and the whole state afterwards."""
+    y = network(x)
+    torch.manual_seed(1)
+    gradients = torch.autograd.grad(y, [x, *network.parameters()], torch.randn_like(y))
+    return [y, *gradients, *network.state_dict().values()]
+
+
+def assert_equal(results, expected):
+    for result, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=1e-9, atol=1e-10, check_stride=False)
+
+
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_nothing_changes(name, memory_format):
+    network, x = built(name, dropout=False)
+    network = network.to(memory_format=memory_format)
+    fused = copy.deepcopy(network)
+    report = accelerate(fused)
+    assert len(report.changed) == FUSED[name][1] - (FUSED[name][2] if name == "junyanz" else 0)
+    assert list(fused.state_dict()) == list(network.state_dict())
+    for _ in range(2):  # the second step on the running statistics that the first left
+        assert_equal(run(fused, x), run(network, x))
+    assert fused(x).stride() == network(x).stride()
+    assert_equal(run(fused.eval(), x), run(network.eval(), x))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_dropout_is_where_it_was(name, monkeypatch):
+    """The dropouts of the original, made to draw the masks of the fused norms, give the same results."""
+    network, x = built(name, dropout=True)
+    fused = copy.deepcopy(network)
+    report = accelerate(fused)
+    assert (len(report.changed) + len(report.left), len(report.changed)) == FUSED[name][:2]
+    seeds = []
+
+    def randint(high, size, device):
+        seeds.append(torch.tensor([7, len(seeds)]))
+        return seeds[-1]
+
+    monkeypatch.setattr(torch, "randint", randint)
+    results = run(fused, x)
+    assert len(seeds) == FUSED[name][2]
+    for layer in network.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.register_forward_hook(
+                lambda layer, args, _: args[0] * dropout_mask(args[0], 0.5, seeds.pop(0), 0)
+            )
+    assert_equal(results, run(network, x))
+
+
+def block(dropout=0.5):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(dropout))
+
+
+def test_masks_follow_torch_seed_and_have_the_dropout_s_distribution():
+    network = block(0.25)
+    x = torch.randn(4, 3, 34, 34)
+    accelerate(network)
+    network[1].bias.data.fill_(9)  # so that only dropout makes zeros
+    torch.manual_seed(3)
+    first, second = network(x), network(x)
+    torch.manual_seed(3)
+    assert torch.equal(network(x), first) and not torch.equal(second, first)
+    dropped = (first == 0).double()
+    assert abs(dropped.mean() - 0.25) < 4 * (0.25 * 0.75 / dropped.numel()) ** 0.5
+    both = (dropped * (second == 0)).mean()
+    assert abs(both - 0.25**2) < 4 * (0.25**2 / dropped.numel()) ** 0.5
+    with torch.no_grad():
+        plain = nn.functional.relu(
+            nn.functional.batch_norm(network[0](x), None, None, None, network[1].bias, True)
+        )
+    torch.testing.assert_close(first[first != 0], plain[first != 0] / 0.75, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_checkpointing_recomputes_the_same_masks():
+    network = block().double()
+    accelerate(network)
+    x = torch.randn(2, 3, 10, 10, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for call in (network, lambda x: checkpoint(network, x, use_reentrant=False)):
+        torch.manual_seed(5)
+        gradients.append(torch.autograd.grad(call(x).square().sum(), [x, *network.parameters()]))
+    assert_equal(*gradients)
+
+
+def test_modes_are_those_of_the_layers():
+    """Programs freeze batch norms and keep dropout on in tests, each by its class."""
+    network = block()
+    accelerate(network)
+    x = torch.randn(2, 3, 10, 10)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()
+    before = network[1].running_mean.clone()
+    assert (network(x) == 0).double().mean() > 0.6  # half of the positive half is left
+    assert torch.equal(network[1].running_mean, before)
+    network.eval()
+    assert (network(x) == 0).double().mean() < 0.6
+    network[3].train()
+    assert (network(x) == 0).double().mean() > 0.6
+
+
+def test_parameters_are_shared_and_found_by_class():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.InstanceNorm2d(4), nn.ReLU())
+    parameters, buffers = list(network.parameters()), list(network.buffers())
+    norm = network[1]
+    accelerate(network)
+    assert all(a is b for a, b in zip(network.parameters(), parameters, strict=True))
+    assert all(a is b for a, b in zip(network.buffers(), buffers, strict=True))
+    assert type(network[1]) is BatchNorm2dAct and isinstance(network[1], nn.BatchNorm2d)
+    assert "BatchNorm2d" in type(network[1]).__name__ and network[1].weight is norm.weight
+    assert type(network[3]) is InstanceNorm2dAct and type(network[3]).__name__.startswith("InstanceNorm")
+    assert accelerate(network) == ([], [])
+
+
+def test_affine_statistics_and_unbatched_variants():
+    variants = (
+        nn.BatchNorm2d(4, affine=False),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.InstanceNorm2d(4, affine=True, eps=0.1),
+    )
+    for norm in variants:
+        network = nn.Sequential(copy.deepcopy(norm), nn.LeakyReLU(0.1)).double()
+        fused = copy.deepcopy(network)
+        assert len(accelerate(fused).changed) == 1
+        x = torch.randn(3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+        for training in (True, False):
+            assert_equal(run(fused.train(training), x), run(network.train(training), x))
+    x = torch.randn(4, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), network(x))
+    frozen = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()).double()
+    frozen[
+        0
+    ].track_running_stats = False  # set afterwards: batch statistics in training, the buffers in tests
+    fused = copy.deepcopy(frozen)
+    accelerate(fused)
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    for training in (True, False):
+        assert_equal(run(fused.train(training), x), run(frozen.train(training), x))
+    with pytest.raises(ValueError, match="expected 4D input"):
+        fused(x[0])
+
+
+class Tail(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def test_what_is_left_and_why():
+    shared = nn.BatchNorm2d(4)
+    watched = nn.BatchNorm2d(4)
+    watched.register_forward_hook(lambda *_: None)
+    lopsided = nn.BatchNorm2d(4)
+    lopsided.bias = None
+    activation = nn.ReLU()
+    activation.register_forward_hook(lambda *_: None)
+    network = nn.ModuleDict(
+        {
+            "alone": nn.BatchNorm2d(4),
+            "tail": Tail(nn.BatchNorm2d(4), nn.ReLU()),
+            "end": nn.Sequential(nn.BatchNorm2d(4)),
+            "tanh": nn.Sequential(nn.BatchNorm2d(4), nn.Tanh()),
+            "channels": nn.Sequential(nn.BatchNorm2d(4), nn.Dropout2d(), nn.ReLU()),
+            "steep": nn.Sequential(nn.BatchNorm2d(4), nn.LeakyReLU(1.5)),
+            "cumulative": nn.Sequential(nn.BatchNorm2d(4, momentum=None), nn.ReLU()),
+            "tracked": nn.Sequential(nn.InstanceNorm2d(4, track_running_stats=True), nn.ReLU()),
+            "group": nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU()),
+            "sync": nn.Sequential(nn.SyncBatchNorm(4), nn.ReLU()),
+            "watched": nn.Sequential(watched, nn.ReLU()),
+            "watched_activation": nn.Sequential(nn.BatchNorm2d(4), activation),
+            "lopsided": nn.Sequential(lopsided, nn.ReLU()),
+            "first": nn.Sequential(shared, nn.ReLU()),
+            "second": nn.Sequential(shared, nn.LeakyReLU(0.2)),
+            "only_dropout": nn.Sequential(nn.BatchNorm2d(4), nn.Dropout(0.1), nn.Dropout(0.1)),
+        }
+    )
+    before = {name: type(layer) for name, layer in network.named_modules()}
+    report = accelerate(network)
+    assert report.changed == ["only_dropout.0: BatchNorm2d + Dropout"]
+    nothing = "no ReLU, LeakyReLU or Dropout follows it directly"
+    unknown = "it is not in an nn.Sequential, so what follows it is not known"
+    assert report.left == [
+        f"alone: {unknown}",
+        f"tail.0: {unknown}",
+        f"end.0: {nothing}",
+        f"tanh.0: {nothing}",
+        f"channels.0: {nothing}",
+        f"steep.0: {nothing}",
+        "cumulative.0: its running statistics are cumulative averages (momentum=None)",
+        "tracked.0: it normalises by running statistics of instances (track_running_stats=True)",
+        "group.0: GroupNorm is not BatchNorm2d or InstanceNorm2d",
+        "sync.0: SyncBatchNorm is not BatchNorm2d or InstanceNorm2d",
+        "watched.0: hooks watch it",
+        f"watched_activation.0: {nothing}",
+        "lopsided.0: it has a weight without a bias, or the reverse",
+        "first.0: it is used in more than one place",
+    ]
+    assert str(report).splitlines()[:2] == ["fused 1 of 15 norms", f"  fused  {report.changed[0]}"]
+    after = {name: type(layer) for name, layer in network.named_modules()}
+    changed = {name for name in after if after[name] is not before[name]}
+    assert changed == {"only_dropout.0", "only_dropout.1"} and after["only_dropout.1"] is FusedDropout
+
+
+def test_differentiating_twice_is_refused():
+    network = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+    accelerate(network)
+    x = torch.randn(3, 4, 5, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_kernels_compute_the_same(triton_device):
+    """One block of each kind by the Triton kernels, from contiguous tensors and an expanded gradient."""
+    torch.manual_seed(4)
+    layers = [nn.BatchNorm2d(6), nn.LeakyReLU(0.2), nn.InstanceNorm2d(6, affine=True), nn.ReLU()]
+    network = nn.Sequential(*layers).to(triton_device)
+    fused = copy.deepcopy(network)
+    accelerate(fused)
+    x = torch.randn(2, 6, 5, 7, device=triton_device, requires_grad=True)
+    results = []
+    for net in (network, fused):
+        gradients = torch.autograd.grad(net(x).sum() * 3, [x, *net.parameters()])
+        results.append([net(x), *gradients, *net.state_dict().values()])
+    for result, expected in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4, check_stride=False)
