@@ -79,5 +79,7 @@ def load(path: Path) -> dict[str, Any]:
             f"{path}: not a readable checkpoint, perhaps cut short; delete it to use the one before it"
         ) from error
     if not isinstance(state, dict) or not {"config", "step", "generator", "discriminator"} <= state.keys():
-        raise UserError(f"{path}: not a fastpix2pix training checkpoint; give a step_*.pt file of a run folder")
+        raise UserError(
+            f"{path}: not a fastpix2pix training checkpoint; give a step_*.pt file of a run folder"
+        )
     return state

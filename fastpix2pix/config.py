@@ -120,12 +120,19 @@ class TrainConfig:
     """Epochs after these in which the learning rate falls linearly to zero. Default for junyanz: 100."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    precision: Literal["bf16", "fp16", "tf32", "fp32"] | None = None
+    """Type that the networks compute in; Adam's masters and checkpoints are fp32 always. Default: bf16 on
+    GPUs from sm_80 on, fp16 with dynamic loss scaling on older ones, on a CPU bf16 if it is faster there."""
+    no_graph: bool = False
+    """Do not capture the step in a CUDA graph."""
     seed: int = 0
     """Of the weights, of the order, crops and flips, and of dropout."""
     loader: Literal["auto", "dali", "portable"] = "auto"
     """DALI where it is installed, else the portable loader. Both produce the same samples."""
     num_threads: int = 4
     """Threads or workers that decode images."""
+    cache: float = 1.0
+    """GiB for keeping the decoded data set (on the GPU where there is one); 0 decodes in every epoch."""
     print_freq: int = 100
     """Steps between two readings of the losses."""
     display_freq: int = 1000
@@ -143,7 +150,7 @@ class TrainConfig:
         for field in positive.split():
             if getattr(self, field) < 1:
                 raise UserError(f"--{field} {getattr(self, field)}: give a number of at least 1")
-        for field in ("lr", "lambda_L1"):
+        for field in ("lr", "lambda_L1", "cache"):
             if not (math.isfinite(getattr(self, field)) and getattr(self, field) >= 0):
                 raise UserError(f"--{field} {getattr(self, field)}: give a finite number of at least 0")
         if not 0 <= self.beta1 < 1:
@@ -163,8 +170,8 @@ class TrainConfig:
         multiple = 2**self.num_downs
         if self.crop_size % multiple:
             raise UserError(
-                f"--crop_size {self.crop_size} does not fit --netG {self.netG}: give a multiple of {multiple}, "
-                "or another netG"
+                f"--crop_size {self.crop_size} does not fit --netG {self.netG}: give a multiple of "
+                f"{multiple}, or another netG"
             )
         smallest = 2 ** (self.n_layers_D + 1) * 2
         if self.crop_size < smallest:

@@ -155,6 +155,17 @@ class Block(nn.Module):
         return self.epilogue(self.conv(x), *memory)
 
 
+def set_working_type(network: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the convolutions of one of our networks to ``dtype``, in place.
+
+    What an epilogue adds in float32 stays there: normalisation, its statistics, the last layer's bias.
+    """
+    for block in network.modules():
+        if isinstance(block, Block):
+            block.conv.to(dtype)
+    network.last.weight.data = network.last.weight.data.to(dtype)
+
+
 def _initialise(module: nn.Module) -> None:
     """Weights from N(0, 0.02), biases zero (Isola et al., section 6.2; both references)."""
     for layer in module.modules():
@@ -228,7 +239,7 @@ class UNetGenerator(nn.Module):
             )
             self.downs.append(Block(conv, epilogue))
 
-        # The tutorial drops in its three innermost blocks; junyanz in all 8 * ngf wide ones but the innermost.
+        # The tutorial drops in its three innermost blocks; junyanz in all of width 8 * ngf but the innermost.
         dropping = range(3) if dialect.innermost_dropout else range(1, num_downs - 4)
         self.ups = nn.ModuleList()
         for i, width in enumerate(reversed(widths[:-1])):
@@ -362,7 +373,13 @@ class PatchDiscriminator(nn.Module):
 
 
 def _conv_backward(
-    gradient: Tensor, x: Tensor, conv: nn.Conv2d, *, needs_x: bool, needs_weight: bool, needs_bias: bool = False
+    gradient: Tensor,
+    x: Tensor,
+    conv: nn.Conv2d,
+    *,
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of a convolution's input, weight and bias; None where one is not needed."""
     return torch.ops.aten.convolution_backward(
@@ -438,7 +455,11 @@ class _Judge(torch.autograd.Function):
         """Gradient of the fake image: the fake rows alone, backwards through their own statistics."""
         discriminator, rows = ctx.discriminator, ctx.fake_rows
         dy, _, _ = _conv_backward(
-            dfake_logits.to(features.dtype), features[rows], discriminator.last, needs_x=True, needs_weight=False
+            dfake_logits.to(features.dtype),
+            features[rows],
+            discriminator.last,
+            needs_x=True,
+            needs_weight=False,
         )
         for i in reversed(range(len(layers))):
             (x, pre, mean, rstd), block = layers[i], discriminator.blocks[i]

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from fastpix2pix.errors import UserError
-from fastpix2pix.step import Losses
+from fastpix2pix.graph import Reading
+from fastpix2pix.step import Losses, TrainStep
 
 TUTORIAL_TAGS = ("gen_total_loss", "gen_gan_loss", "gen_l1_loss", "disc_loss")
 # The loss of a discriminator that answers "can't tell" (logit 0, or 1/2 for least squares) everywhere.
@@ -68,9 +70,10 @@ def sample_grid(generator: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) ->
 
 
 class Monitor:
-    """Collects what the steps return, and shows it every ``print_freq`` and ``display_freq`` steps.
+    """Shows the losses every ``print_freq`` steps and samples every ``display_freq``.
 
-    Losses stay on the device until then, so that the host never waits for a step.
+    Losses stay on the device until then and come over while training goes on: the host waits for the device
+    only where it draws samples or saves.
     """
 
     def __init__(
@@ -85,10 +88,13 @@ class Monitor:
     ):
         self.run_folder, self.gan_mode, self.samples = run_folder, gan_mode, samples
         self.batch_size = batch_size
-        self.writer = SummaryWriter(str(run_folder / "events"), purge_step=first_step + 1 if first_step else None)
+        self.writer = SummaryWriter(
+            str(run_folder / "events"), purge_step=first_step + 1 if first_step else None
+        )
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
         self._health = ""
-        self._pending: list[Tensor] = []
+        self._readings: deque[tuple[int, float, float, float, Reading]] = deque()
+        self._unread = 0
         self._waited = 0.0
         self._since = time.perf_counter()
 
@@ -96,22 +102,33 @@ class Monitor:
         """Count time that the loop spent waiting for data."""
         self._waited += seconds
 
-    def stepped(self, losses: Losses) -> None:
-        self._pending.append(torch.stack([loss.detach().float() for loss in losses]))
+    def stepped(self) -> None:
+        """Count a step of the loop."""
+        self._unread += 1
         self.bar.update()
 
-    def show_losses(self, step: int, lr: float) -> None:
-        """Read the losses of the steps since the last call; the newest is number ``step``, counted from 1.
+    def read_losses(self, step: int, lr: float, train_step: TrainStep) -> None:
+        """Send for the losses since the last call, and show what has arrived; waits for nothing.
 
-        Raises UserError when one of them is not finite.
+        step: the number of the newest one, counted from 1. Raises UserError when a loss is not finite.
         """
-        if not self._pending:
-            return
-        values = torch.stack(self._pending).cpu()
-        seconds = time.perf_counter() - self._since
-        rate, wait = len(values) * self.batch_size / seconds, self._waited / seconds
-        self._pending, self._waited, self._since = [], 0.0, time.perf_counter()
+        if self._unread:
+            seconds = time.perf_counter() - self._since
+            rate, wait = self._unread * self.batch_size / seconds, self._waited / seconds
+            reading = Reading(train_step.last_losses(self._unread))
+            self._readings.append((step, lr, rate, wait, reading))
+            self._unread, self._waited, self._since = 0, 0.0, time.perf_counter()
+        while self._readings and self._readings[0][-1].ready():
+            self._show_losses(*self._readings.popleft())
 
+    def catch_up(self, step: int, lr: float, train_step: TrainStep) -> None:
+        """Wait for the losses of all steps so far and show them. Raises UserError as ``read_losses`` does."""
+        self.read_losses(step, lr, train_step)
+        while self._readings:
+            self._show_losses(*self._readings.popleft())
+
+    def _show_losses(self, step: int, lr: float, rate: float, wait: float, reading: Reading) -> None:
+        values = reading.wait()
         first = step - len(values) + 1
         finite = values.isfinite().all(1)
         if not finite.all():
@@ -133,9 +150,10 @@ class Monitor:
             f"D {mean.disc_loss:.2f}, {rate:.3g} images/s, {wait:.0%} waiting for data"
         )
 
-    def show_samples(self, step: int, generator: nn.Module) -> None:
+    def show_samples(self, step: int, lr: float, train_step: TrainStep) -> None:
         """Write the sample grid and the GAN health reading of this moment."""
-        grid = sample_grid(generator, self.samples)
+        self.catch_up(step, lr, train_step)
+        grid = sample_grid(train_step.generator, self.samples)
         folder = self.run_folder / "samples"
         folder.mkdir(exist_ok=True)
         grid.save(folder / f"step_{step:08d}.png")

@@ -1,5 +1,6 @@
 """``python -m fastpix2pix.train``: configuration -> data -> TrainStep -> run folder."""
 
+import dataclasses
 import json
 import signal
 import sys
@@ -9,14 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from fastpix2pix import checkpoint, cli
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.data import find_pairs, load_pair, open_loader
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
 from fastpix2pix.errors import UserError
+from fastpix2pix.graph import CapturedStep, set_float32_math
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
 from fastpix2pix.monitor import Monitor
+from fastpix2pix.optim import MasterAdam
+from fastpix2pix.precision import WORKING_TYPES, choose_precision
 from fastpix2pix.step import TrainStep
 
 SAMPLE_PAIRS = 4
@@ -53,20 +58,25 @@ def build_networks(config: TrainConfig, device: torch.device) -> tuple[UNetGener
     return generator.to(device), discriminator.to(device)
 
 
-def training_state(
-    step: TrainStep, config: TrainConfig, steps_done: int, epoch: int, position: int
-) -> dict:
-    """All that an exact resume needs, as plain values and tensors."""
+def training_state(step: TrainStep, config: TrainConfig, steps_done: int, epoch: int, position: int) -> dict:
+    """All that an exact resume needs, as plain values and tensors; weights in float32 always."""
     return {
         "config": config.to_dict(),
         "step": steps_done,
-        "generator": step.generator.state_dict(),
-        "discriminator": step.discriminator.state_dict(),
+        "generator": full_precision(step.generator, step.gen_optimizer),
+        "discriminator": full_precision(step.discriminator, step.disc_optimizer),
         "gen_optimizer": step.gen_optimizer.state_dict(),
         "disc_optimizer": step.disc_optimizer.state_dict(),
+        "loss_scale": None if step.loss_scale is None else step.loss_scale.state_dict(),
         "dropout_rng": step.generator.rng,
         "data": {"epoch": epoch, "position": position},
     }
+
+
+def full_precision(network: nn.Module, optimizer: MasterAdam) -> dict[str, Tensor]:
+    """The network's ``state_dict`` with the optimizer's masters in place of 16-bit weights."""
+    masters = dict(zip(dict(network.named_parameters()), optimizer.masters(), strict=True))
+    return {**network.state_dict(), **masters}
 
 
 def restore(step: TrainStep, config: TrainConfig, path: Path) -> tuple[int, int, int]:
@@ -86,13 +96,15 @@ def restore(step: TrainStep, config: TrainConfig, path: Path) -> tuple[int, int,
     step.discriminator.load_state_dict(state["discriminator"])
     step.gen_optimizer.load_state_dict(state["gen_optimizer"])
     step.disc_optimizer.load_state_dict(state["disc_optimizer"])
+    if step.loss_scale is not None and state["loss_scale"] is not None:
+        step.loss_scale.load_state_dict(state["loss_scale"])
     step.generator.rng.copy_(state["dropout_rng"])
     return state["step"], state["data"]["epoch"], state["data"]["position"]
 
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that the step under way can be finished and saved; a second one kills."""
+    """Collects SIGINT and SIGTERM, so that the step under way is finished and saved; a second one kills."""
     received: list[int] = []
 
     def note(number: int, _frame) -> None:
@@ -119,7 +131,9 @@ def prepare_run_folder(config: TrainConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(config.to_json())
     except OSError as error:
-        raise UserError(f"{folder}: can't write here ({error.strerror}); choose another --checkpoints_dir") from error
+        raise UserError(
+            f"{folder}: can't write here ({error.strerror}); choose another --checkpoints_dir"
+        ) from error
     return folder
 
 
@@ -148,12 +162,14 @@ def sample_pairs(root: Path, config: TrainConfig, device: torch.device) -> list:
         )
         for pair in pairs
     )
-    return [(source.to(device), target.to(device)) for source, target in loaded]
+    dtype = WORKING_TYPES[config.precision]
+    return [(source.to(device, dtype), target.to(device, dtype)) for source, target in loaded]
 
 
 def train(config: TrainConfig) -> None:
     """Run training as ``config`` says. Raises UserError for what the user can mend."""
     device = choose_device(config.device)
+    config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
     root = data_folder(config)
     recipe = config.recipe
     loader = open_loader(
@@ -168,9 +184,12 @@ def train(config: TrainConfig) -> None:
         seed=config.seed,
         loader=config.loader,
         device=device,
+        dtype=WORKING_TYPES[config.precision],
+        cache_bytes=int(config.cache * 2**30),
         num_threads=config.num_threads,
     )
     samples = sample_pairs(root, config, device)
+    set_float32_math(config.precision)
     step = TrainStep(*build_networks(config, device), config)
     done, epoch, position = 0, 0, 0
     if config.continue_train:
@@ -180,7 +199,9 @@ def train(config: TrainConfig) -> None:
         done, epoch, position = restore(step, config, newest)
     folder = prepare_run_folder(config)
     total = config.total_steps(loader.batches_per_epoch)
-    print(f"{len(loader)} pairs from {root} ({loader.kind} loader), {total} steps on {device}, run in {folder}")
+    print(
+        f"{len(loader)} pairs from {root} ({loader.kind} loader), {total} steps on {device}, run in {folder}"
+    )
 
     monitor = Monitor(
         folder,
@@ -192,9 +213,11 @@ def train(config: TrainConfig) -> None:
     )
 
     def save() -> None:
+        monitor.catch_up(done, lr, step)  # a state that is not finite must not displace a good one
         state = training_state(step, config, done, epoch, position)
         checkpoint.save(folder, done, state, config.keep_checkpoints)
 
+    update = CapturedStep(step) if device.type == "cuda" and not config.no_graph else step
     stream = loader.stream(epoch, position)
     first = done
     with stop_requests() as stops:
@@ -205,18 +228,18 @@ def train(config: TrainConfig) -> None:
                 monitor.waited(time.perf_counter() - began)
                 lr = config.lr_at(done, loader.batches_per_epoch)
                 step.set_lr(lr)
-                monitor.stepped(step(batch.source, batch.target))
+                update(batch.source, batch.target)
+                monitor.stepped()
                 done, epoch, position = done + 1, batch.epoch, batch.position
                 if done % config.print_freq == 0:
-                    monitor.show_losses(done, lr)
+                    monitor.read_losses(done, lr, step)
                 if done % config.display_freq == 0:
-                    monitor.show_samples(done, step.generator)
+                    monitor.show_samples(done, lr, step)
                 if done % config.save_latest_freq == 0:
                     save()
             if done > first:
-                monitor.show_losses(done, lr)
                 if done % config.display_freq:
-                    monitor.show_samples(done, step.generator)
+                    monitor.show_samples(done, lr, step)
                 if done % config.save_latest_freq:
                     save()
         finally:

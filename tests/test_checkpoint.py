@@ -13,6 +13,7 @@ from fastpix2pix.errors import UserError
 
 STATE = {"config": {}, "step": 0, "generator": {"w": torch.arange(4.0)}, "discriminator": {}}
 
+
 def write_forever(run, ready):
     """Each checkpoint holds its own step 500,000 times over, so that a torn one shows."""
     newest = checkpoint.latest(run)

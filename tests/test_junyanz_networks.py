@@ -110,7 +110,9 @@ def test_three_alternating_steps_equal_plain_pytorch():
         source, target = (torch.rand(2, 3, SIZE, SIZE, dtype=torch.float64) * 2 - 1 for _ in range(2))
         expected, gradients = plain_step(*plain, optimizers, source, target)
         losses = step(source, target)
-        torch.testing.assert_close(torch.stack(losses).double(), torch.stack(expected).detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            torch.stack(losses).double(), torch.stack(expected).detach(), rtol=1e-6, atol=0
+        )
         if i == 0:
             mine = {id(other): p for p, other in tensors}
             states = {**step.gen_optimizer.state, **step.disc_optimizer.state}
@@ -125,7 +127,9 @@ def test_three_alternating_steps_equal_plain_pytorch():
 def test_initial_weights():
     """Convolutions N(0, 0.02), norm weights N(1, 0.02), biases 0; the tutorial's norm weights exactly 1."""
     torch.manual_seed(0)
-    networks = {preset: (UNetGenerator(preset), PatchDiscriminator(preset)) for preset in ("tutorial", "junyanz")}
+    networks = {
+        preset: (UNetGenerator(preset), PatchDiscriminator(preset)) for preset in ("tutorial", "junyanz")
+    }
     for preset, pair in networks.items():
         for network in pair:
             for name, parameter in network.named_parameters():

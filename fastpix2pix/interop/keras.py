@@ -63,7 +63,7 @@ def load_weights(module: nn.Module, arrays: Sequence[np.ndarray]) -> None:
 
 
 def export_weights(module: nn.Module) -> list[np.ndarray]:
-    """What ``keras_model.set_weights()`` takes: the inverse of ``load_weights``, float32 (float64 if double)."""
+    """What ``keras_model.set_weights()`` takes: the inverse of ``load_weights``, in float32 or float64."""
     arrays = []
     for _, tensor in _in_keras_order(module):
         tensor = tensor.detach().cpu()

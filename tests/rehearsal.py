@@ -1,0 +1,128 @@
+"""A stand-in for a CUDA graph on the CPU: what a capture would get wrong, this gets wrong too.
+
+Recording runs the body once under a dispatch mode that notes every aten operator, below autograd, with its
+real arguments and results, and every kernel launch. Replaying runs those again on the same tensors, results
+copied to where they were recorded, views and uninitialised allocations left as they are. So Python numbers
+are baked in, addresses are fixed, nothing of the host program runs again, and state that the body created is
+created again in every replay.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from fastpix2pix.kernels import launch
+
+aten = torch.ops.aten
+UNINITIALISED = {
+    "aten::empty",
+    "aten::empty_like",
+    "aten::new_empty",
+    "aten::empty_strided",
+    "aten::new_empty_strided",
+}
+SYNCHRONISING = {
+    "aten::_local_scalar_dense": "a value is read on the host",
+    "aten::nonzero": "the size of its result depends on values",
+    "aten::masked_select": "the size of its result depends on values",
+    "aten::unique": "the size of its result depends on values",
+    "aten::_unique2": "the size of its result depends on values",
+    "aten::lift_fresh": "a host value is copied to the device",
+}
+
+
+class CaptureRefused(RuntimeError):
+    """What a CUDA graph would refuse too, or silently freeze."""
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+class Tape(TorchDispatchMode):
+    """Records while active; ``static`` are the tensors that exist before and keep their addresses."""
+
+    def __init__(self, static: Iterable[Tensor]):
+        super().__init__()
+        self.entries: list[Callable[[], None]] = []
+        self.names: list[str] = []
+        self.addresses: set[int] = set()
+        self._known = {self._storage(tensor) for tensor in static}
+        self._kept: list[Any] = []  # nothing recorded may be freed: addresses must not be used again
+
+    @staticmethod
+    def _storage(tensor: Tensor) -> int:
+        return tensor.untyped_storage()._cdata
+
+    def _check(self, name: str, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            if self._storage(tensor) not in self._known and tensor.numel():
+                raise CaptureRefused(
+                    f"{name} reads a tensor of shape {tuple(tensor.shape)} neither static nor made here"
+                )
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = operator._schema.name
+        if name in SYNCHRONISING:
+            raise CaptureRefused(f"{name}: {SYNCHRONISING[name]}")
+        self._check(name, tensors_in((args, kwargs)))
+        result = operator(*args, **kwargs)
+        made = tensors_in(result)
+        self._known.update(map(self._storage, made))
+        self._kept.append((args, kwargs, result))
+        if operator.is_view or name in UNINITIALISED:
+            return result
+        self.names.append(name)
+        self.addresses.update(tensor.data_ptr() for tensor in made)
+        if operator._schema.is_mutable:
+            self.entries.append(lambda: operator(*args, **kwargs))
+        else:
+
+            def again() -> None:
+                for recorded, new in zip(made, tensors_in(operator(*args, **kwargs)), strict=True):
+                    recorded.copy_(new)
+
+            self.entries.append(again)
+        return result
+
+    def on_launch(self, kernel: launch.Launch) -> None:
+        self._check(kernel.name, tensors_in((kernel.args, kernel.options)))
+        self._kept.append(kernel)
+        self.names.append(kernel.name)
+        self.addresses.update(tensor.data_ptr() for tensor in kernel.writes if tensor is not None)
+        with _disable_current_modes():
+            kernel.run()
+        self.entries.append(kernel.run)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for entry in self.entries:
+            entry()
+
+
+class RehearsalBackend:
+    """A ``graph.Backend``. ``static`` gives the tensors that a capture may rely on."""
+
+    def __init__(self, static: Callable[[], Iterable[Tensor]], on_kernels: bool = False):
+        self._static, self._on_kernels = static, on_kernels
+        self.tapes: list[Tape] = []
+
+    def warm_up(self, body: Callable[[], None], times: int) -> None:
+        for _ in range(times):
+            body()
+
+    def capture(self, body: Callable[[], None]) -> Callable[[], None]:
+        tape = Tape([*self._static(), *body.args])
+        if self._on_kernels:
+            with tape, launch.observed(tape.on_launch, run=False):
+                body()
+        else:
+            with tape:
+                body()
+        self.tapes.append(tape)
+        return tape.replay

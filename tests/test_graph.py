@@ -1,0 +1,324 @@
+"""The captured step, rehearsed: what replays must equal eager steps, and faults must show."""
+
+import contextlib
+import warnings
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rehearsal import CaptureRefused, RehearsalBackend
+from torch.utils._pytree import tree_leaves
+
+from fastpix2pix import graph, step
+from fastpix2pix.config import TrainConfig
+from fastpix2pix.graph import CapturedStep
+from fastpix2pix.models import PatchDiscriminator, UNetGenerator
+from fastpix2pix.step import TrainStep
+
+FOREIGN = torch.ones(1)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def small_step(preset="tutorial", precision="fp32", *, ngf=8, num_downs=6, seed=1, **options) -> TrainStep:
+    torch.manual_seed(seed)
+    networks = (
+        UNetGenerator(preset, ngf=ngf, num_downs=num_downs, seed=3),
+        PatchDiscriminator(preset, ndf=ngf),
+    )
+    return TrainStep(*networks, TrainConfig(preset=preset, precision=precision, **options))
+
+
+def pairs(count, precision="fp32", size=64, batch=1):
+    random = torch.Generator().manual_seed(7)
+    for _ in range(count):
+        images = torch.rand(2, batch, 3, size, size, generator=random) * 2 - 1
+        yield [image.to(DTYPES[precision], memory_format=torch.channels_last) for image in images]
+
+
+def static(train_step):
+    """What a capture may rely on: the state, and the constants that live as long."""
+    clocks = [*train_step.gen_optimizer._clocks, *train_step.disc_optimizer._clocks]
+    return [*train_step.state(), train_step.lambda_l1, *tree_leaves(clocks)]
+
+
+def rehearsed(train_step, on_kernels=False) -> CapturedStep:
+    return CapturedStep(train_step, RehearsalBackend(partial(static, train_step), on_kernels))
+
+
+def losses_of(run, train_step, inputs) -> list[torch.Tensor]:
+    """The six losses of each step, at a learning rate that changes in every one."""
+    seen = []
+    for i, (source, target) in enumerate(inputs):
+        train_step.set_lr(2e-4 / (1 + i))
+        seen.append(torch.stack(run(source, target)).clone())
+    return seen
+
+
+def assert_replays_equal_eager(make, inputs, on_kernels=False):
+    eager, captured = make(), make()
+    expected = losses_of(eager, eager, inputs)
+    capturing = rehearsed(captured, on_kernels)
+    for i, (mine, theirs) in enumerate(zip(losses_of(capturing, captured, inputs), expected, strict=True)):
+        assert torch.equal(mine, theirs), f"step {i}: {mine.tolist()} is not {theirs.tolist()}"
+    for mine, theirs in zip(captured.state(), eager.state(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(captured.fake, eager.fake)
+    return capturing
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("preset", ["tutorial", "junyanz"])
+def test_twenty_replays_equal_twenty_eager_steps(preset, precision):
+    """Changing inputs and learning rates, advancing dropout; step 1 shows that warm-up left no trace."""
+    make = partial(small_step, preset, precision)
+    assert_replays_equal_eager(make, list(pairs(20, precision)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["tutorial", "junyanz"])
+def test_twenty_replays_of_the_full_network(preset):
+    make = partial(small_step, preset, ngf=64, num_downs=8)
+    assert_replays_equal_eager(make, list(pairs(20, size=256)))
+
+
+@pytest.mark.parametrize(
+    ("preset", "precision"), [("tutorial", "fp32"), ("junyanz", "bf16"), ("tutorial", "fp16")]
+)
+def test_replays_on_triton_kernels(triton_device, monkeypatch, preset, precision):
+    monkeypatch.setattr(graph, "WARM_UP_STEPS", 1)
+    make = partial(small_step, preset, precision, ngf=4, num_downs=5)
+    assert_replays_equal_eager(make, list(pairs(2, precision, size=32)), on_kernels=True)
+
+
+def test_a_forced_overflow_skips_the_update_and_halves_the_scale():
+    train_step = small_step(precision="fp16")
+    captured = rehearsed(train_step)
+    inputs = list(pairs(2, "fp16"))
+    captured(*inputs[0])
+    before = [master.clone() for master in train_step.gen_optimizer.masters()]
+    taken = int(train_step.gen_optimizer._clocks[0].step)
+    train_step.loss_scale.scale.fill_(2.0**40)
+    captured(*inputs[1])
+    assert float(train_step.loss_scale.scale) == 2.0**39
+    assert int(train_step.gen_optimizer._clocks[0].step) == taken
+    for master, value in zip(train_step.gen_optimizer.masters(), before, strict=True):
+        assert torch.equal(master, value)
+    train_step.loss_scale.scale.fill_(2.0**10)
+    captured(*inputs[1])
+    assert int(train_step.gen_optimizer._clocks[0].step) == taken + 1
+
+
+def test_each_shape_has_its_own_capture():
+    """A smaller last batch, then the first shape again: no replay of the wrong graph."""
+    train_step = small_step()
+    inputs = [*pairs(1, batch=2), *pairs(1, batch=1), *pairs(1, batch=2), *pairs(1, size=128)]
+    eager = small_step()
+    captured = rehearsed(train_step)
+    for source, target in inputs:
+        expected, losses = torch.stack(eager(source, target)), torch.stack(captured(source, target))
+        assert torch.equal(losses, expected)
+        assert torch.equal(train_step.fake, eager.fake)
+    assert len(captured._backend.tapes) == 3
+
+
+# ------------------------------------------------------------------------------------------ planted faults
+
+
+def lr_as_a_number(monkeypatch):
+    advance = step.MasterAdam.begin_step
+
+    def baked(self):
+        for group, clock in zip(self.param_groups, self._clocks, strict=True):
+            clock.lr.fill_(group["lr"])
+        advance(self)
+
+    monkeypatch.setattr(step.MasterAdam, "begin_step", baked)
+
+
+def dropout_seed_from_the_host(monkeypatch):
+    before_tanh = UNetGenerator.before_tanh
+
+    def seeded(self, source):
+        self.host_step = getattr(self, "host_step", 0) + 1
+        self.rng[1:].fill_(self.host_step)
+        return before_tanh(self, source)
+
+    monkeypatch.setattr(UNetGenerator, "before_tanh", seeded)
+
+
+def state_created_inside(monkeypatch):
+    """As an optimizer that makes its moments at its first step, captured without a warm-up."""
+    begin = step.MasterAdam.begin_step
+
+    def lazy(self):
+        if not hasattr(self, "made"):
+            self.made = True
+            for state in self.state.values():
+                state["exp_avg"] = torch.zeros_like(state["exp_avg"])
+        begin(self)
+
+    monkeypatch.setattr(step.MasterAdam, "begin_step", lazy)
+    monkeypatch.setattr(graph, "WARM_UP_STEPS", 0)
+
+
+def input_rebound(monkeypatch):
+    call = CapturedStep.__call__
+
+    def rebinding(self, source, target):
+        for key, captured in self._captured.items():
+            self._captured[key] = captured._replace(source=source.clone(), target=target.clone())
+        return call(self, source, target)
+
+    monkeypatch.setattr(CapturedStep, "__call__", rebinding)
+
+
+@pytest.mark.parametrize(
+    "fault", [lr_as_a_number, dropout_seed_from_the_host, state_created_inside, input_rebound]
+)
+def test_a_planted_fault_shows(monkeypatch, fault):
+    fault(monkeypatch)
+    with pytest.raises((AssertionError, CaptureRefused)):
+        assert_replays_equal_eager(small_step, list(pairs(4)))
+
+
+@pytest.mark.parametrize(
+    ("talk", "reason"),
+    [
+        (lambda x: x.sum().item(), "read on the host"),
+        (lambda x: x.nonzero(), "size of its result"),
+        (lambda x: x + torch.tensor(2.0), "copied to the device|neither static"),
+        (lambda x: x + FOREIGN, "neither static"),
+    ],
+)
+def test_what_a_capture_refuses_falls_back_to_the_eager_step_with_one_warning(monkeypatch, talk, reason):
+    update = TrainStep._simultaneous
+
+    def talking(self, source, target):
+        talk(source)
+        return update(self, source, target)
+
+    monkeypatch.setattr(TrainStep, "_simultaneous", talking)
+    eager, train_step = small_step(), small_step()
+    captured = rehearsed(train_step)
+    inputs = list(pairs(3))
+    with pytest.warns(RuntimeWarning, match=reason) as caught:
+        losses = losses_of(captured, train_step, inputs)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for mine, theirs in zip(losses, losses_of(eager, eager, inputs), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+# --------------------------------------------------------------------------------------- the step's body
+
+
+@pytest.mark.parametrize("preset", ["tutorial", "junyanz"])
+def test_the_body_keeps_to_the_device(preset):
+    """No host sync, no foreign tensor, nothing persistent made; the state stays at its addresses."""
+    train_step = small_step(preset)
+    body_inputs = next(pairs(1))
+    for _ in range(2):
+        addresses = [tensor.data_ptr() for tensor in static(train_step)]
+        backend = RehearsalBackend(partial(static, train_step))
+        backend.capture(partial(train_step.body, *body_inputs))  # raises on what a capture refuses
+        assert [tensor.data_ptr() for tensor in static(train_step)] == addresses
+        assert all(parameter.grad is None for parameter in train_step.generator.parameters())
+
+
+@pytest.mark.parametrize("preset", ["tutorial", "junyanz"])
+def test_large_weights_updated_early_end_where_they_would_all_at_once(monkeypatch, preset):
+    inputs = list(pairs(3))
+    late = small_step(preset)
+    losses_of(late, late, inputs)
+    monkeypatch.setattr(step, "LARGE", 1)
+    early = small_step(preset)
+    updated = []
+    step_parameters = step.MasterAdam.step_parameters
+    monkeypatch.setattr(
+        step.MasterAdam,
+        "step_parameters",
+        lambda self, ps: updated.append(len(list(ps))) or step_parameters(self, ps),
+    )
+    losses_of(early, early, inputs)
+    assert updated.count(1) > 100
+    for mine, theirs in zip(early.state(), late.state(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+# ----------------------------------------------------------------------------- the lines only a GPU runs
+
+
+class RecordingCuda:
+    """Stands in for ``torch.cuda`` in graph.py and notes what is asked of it, in order."""
+
+    def __init__(self):
+        self.calls = []
+        self.current = "default"
+        cuda = self
+
+        class Stream:
+            name = "side"
+
+            def wait_stream(self, other):
+                cuda.calls.append(f"side waits for {other.name}")
+
+        class Default:
+            name = "default"
+
+            def wait_stream(self, other):
+                cuda.calls.append(f"default waits for {other.name}")
+
+        class CUDAGraph:
+            def replay(self):
+                cuda.calls.append("replay")
+
+        self.Stream, self.CUDAGraph, self._default = Stream, CUDAGraph, Default()
+
+    def current_stream(self):
+        return self._default
+
+    def synchronize(self):
+        self.calls.append("synchronize")
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.current, previous = stream.name, self.current
+        yield
+        self.current = previous
+
+    @contextlib.contextmanager
+    def graph(self, graph, *, stream, capture_error_mode):
+        self.calls.append(f"begin capture on {stream.name}, {capture_error_mode}")
+        with self.stream(stream):
+            yield
+        self.calls.append("end capture")
+
+
+def test_order_of_calls_to_cuda(monkeypatch):
+    cuda = RecordingCuda()
+    monkeypatch.setattr(graph, "torch", SimpleNamespace(cuda=cuda, preserve_format=torch.preserve_format))
+    train_step = small_step(num_downs=5, ngf=4)
+    body = train_step.body
+    monkeypatch.setattr(
+        train_step, "body", lambda *images: cuda.calls.append(f"body on {cuda.current}") or body(*images)
+    )
+    restore = graph.restore
+    monkeypatch.setattr(graph, "restore", lambda *a: cuda.calls.append("restore") or restore(*a))
+    captured = CapturedStep(train_step)
+    inputs = next(pairs(1, size=32))
+    captured(*inputs)
+    captured(*inputs)
+    assert cuda.calls == [
+        "side waits for default",
+        *["body on side"] * graph.WARM_UP_STEPS,
+        "default waits for side",
+        "synchronize",
+        "begin capture on side, thread_local",
+        "body on side",
+        "end capture",
+        "restore",
+        "replay",
+        "replay",
+    ]
