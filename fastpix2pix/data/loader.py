@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from importlib.util import find_spec
+from dataclasses import dataclass, field
 from itertools import tee
 from math import ceil
 from pathlib import Path
@@ -23,7 +23,6 @@ from fastpix2pix.errors import UserError
 log = logging.getLogger(__name__)
 
 Direction = Literal["AtoB", "BtoA"]
-ResizedChunks = Iterator[tuple[Tensor, Tensor]]
 
 
 class Batch(NamedTuple):
@@ -36,8 +35,8 @@ class Batch(NamedTuple):
     names: tuple[str, ...]
 
 
-class _Chunk(NamedTuple):
-    """Decisions for consecutive samples of one epoch that are decoded together."""
+class Chunk(NamedTuple):
+    """The plan of consecutive samples of one epoch that are decoded together."""
 
     epoch: int
     start: int  # the first sample's position in the epoch
@@ -47,47 +46,27 @@ class _Chunk(NamedTuple):
     mirror: np.ndarray
 
 
+@dataclass(eq=False)
 class Loader:
-    """Endless batches of one split; make it with :func:`open_loader`."""
+    """Endless batches of one split. Made by :func:`open_loader`, which explains the settings."""
 
-    def __init__(
-        self,
-        pairs: list[Pair],
-        kind: Literal["dali", "portable"],
-        *,
-        direction: Direction,
-        load_size: int,
-        crop_size: int,
-        interpolation: Interpolation,
-        flip: bool,
-        shuffle: bool,
-        batch_size: int,
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        num_threads: int,
-        chunk: int,
-        cache_bytes: int,
-    ):
-        self.pairs = pairs
-        self.kind = kind
-        self.batch_size = batch_size
-        self._direction = direction
-        self._plan = {"load_size": load_size, "crop_size": crop_size, "flip": flip, "shuffle": shuffle}
-        self._seed = seed
-        self._interpolation = interpolation
-        self._device = device
-        self._dtype = dtype
-        self._num_threads = num_threads
-        self._samples_per_chunk = max(1, chunk // batch_size) * batch_size
-        self._cached: tuple[Tensor, Tensor] | None = None
-        self._streams: list[Iterator[Batch]] = []
-        needed = 2 * len(pairs) * load_size**2 * 3
-        self._cache = cache_bytes >= needed
-        if cache_bytes and not self._cache:
-            log.warning(
-                f"a cache of {cache_bytes} bytes is too small for {len(pairs)} pairs ({needed} bytes)"
-            )
+    pairs: list[Pair]
+    kind: Literal["dali", "portable"]
+    direction: Direction
+    load_size: int
+    crop_size: int
+    interpolation: Interpolation
+    flip: bool
+    shuffle: bool
+    batch_size: int
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+    num_threads: int
+    chunk_size: int  # in samples; whole batches
+    cached: bool
+    _cache: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+    _streams: list[Iterator[Batch]] = field(default_factory=list, init=False)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -103,20 +82,18 @@ class Loader:
         The next chunk is decoded while the present one is used. Raises ``UserError`` naming a file whose
         pixels cannot be decoded.
         """
-        stream = self._stream(epoch, position)
-        self._streams.append(stream)
-        return stream
+        self._streams.append(self._batches(epoch, position))
+        return self._streams[-1]
 
     def close(self) -> None:
-        """Ends every stream of this loader and its workers."""
-        for stream in self._streams:
-            stream.close()
-        self._streams.clear()
+        """Ends every stream of this loader, with its threads and processes."""
+        while self._streams:
+            self._streams.pop().close()
 
-    def _stream(self, epoch: int, position: int) -> Iterator[Batch]:
-        with closing(self._jittered(epoch, position)) as chunks, closing(self._ahead(chunks)) as ready:
-            for chunk, a, b in ready:
-                source, target = (a, b) if self._direction == "AtoB" else (b, a)
+    def _batches(self, epoch: int, position: int) -> Iterator[Batch]:
+        with closing(self._jittered(epoch, position)) as made, closing(self._ahead(made)) as chunks:
+            for chunk, a, b in chunks:
+                source, target = (a, b) if self.direction == "AtoB" else (b, a)
                 names = [self.pairs[i].name for i in chunk.which]
                 for low in range(0, len(names), self.batch_size):
                     part = slice(low, low + self.batch_size)
@@ -126,61 +103,70 @@ class Loader:
                     yield Batch(source[part], target[part], *after, tuple(names[part]))
 
     def _ahead(self, chunks: Iterator) -> Iterator:
-        """Makes one chunk in advance in a thread; a GPU works in advance of its host by itself."""
-        if self._device.type == "cuda":
+        """Has the next chunk made in a thread; a GPU works in advance of its host without one."""
+        if self.device.type == "cuda":
             yield from chunks
+            return
         # One core for the maker (the setting is the thread's own): the others belong to the training step.
         with ThreadPoolExecutor(1, "loader", torch.set_num_threads, (1,)) as maker:
-            future = maker.submit(next, chunks)
+            coming = maker.submit(next, chunks)
             while True:
-                chunk = future.result()
-                future = maker.submit(next, chunks)
+                chunk, coming = coming.result(), maker.submit(next, chunks)
                 yield chunk
 
-    def _jittered(self, epoch: int, position: int) -> Iterator[tuple[_Chunk, Tensor, Tensor]]:
-        cut = {"crop_size": self._plan["crop_size"], "dtype": self._dtype}
-        if self._cache:
-            images = self._cached = self._cached or self._decode_all()
-            for chunk in self._chunks(epoch, position):
-                yield chunk, *(jitter(half, *chunk[2:], **cut) for half in images)
+    def _jittered(self, epoch: int, position: int) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
         chunks, same_chunks = tee(self._chunks(epoch, position))
+        if self.cached:
+            self._cache = self._cache or self._decode_all()
+            for chunk in chunks:
+                yield chunk, *(self._jitter(half, chunk.which, chunk) for half in self._cache)
         with closing(self._decoded(chunk.which for chunk in same_chunks)) as decoded:
             for chunk, halves in zip(chunks, decoded, strict=True):
-                own = np.arange(len(chunk.which))
-                yield chunk, *(jitter(half, own, *chunk[3:], **cut) for half in halves)
+                in_order = np.arange(len(chunk.which))
+                yield chunk, *(self._jitter(half, in_order, chunk) for half in halves)
 
-    def _chunks(self, epoch: int, position: int) -> Iterator[_Chunk]:
-        count = len(self.pairs)
+    def _jitter(self, images: Tensor, which: np.ndarray, chunk: Chunk) -> Tensor:
+        return jitter(images, which, chunk.top, chunk.left, chunk.mirror, self.crop_size, self.dtype)
+
+    def _chunks(self, epoch: int, position: int) -> Iterator[Chunk]:
         while True:
-            plan = epoch_plan(self._seed, epoch, count, **self._plan)
-            for start in range(position, count, self._samples_per_chunk):
-                part = slice(start, start + self._samples_per_chunk)
-                yield _Chunk(epoch, start, *(decisions[part] for decisions in plan))
+            plan = epoch_plan(
+                self.seed,
+                epoch,
+                len(self.pairs),
+                load_size=self.load_size,
+                crop_size=self.crop_size,
+                flip=self.flip,
+                shuffle=self.shuffle,
+            )
+            for start in range(position, len(self.pairs), self.chunk_size):
+                part = slice(start, start + self.chunk_size)
+                yield Chunk(epoch, start, *(decisions[part] for decisions in plan))
             epoch, position = epoch + 1, 0
 
-    def _decoded(self, requests: Iterator[np.ndarray]) -> ResizedChunks:
+    def _decoded(self, requests: Iterator[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each request (indices of pairs) A and B on the device: uint8 (n, load_size, load_size, 3)."""
         settings = {
-            "load_size": self._plan["load_size"],
-            "interpolation": self._interpolation,
-            "device": self._device,
-            "num_threads": self._num_threads,
+            "load_size": self.load_size,
+            "interpolation": self.interpolation,
+            "device": self.device,
+            "num_threads": self.num_threads,
         }
         if self.kind == "dali":
-            from fastpix2pix.data import dali
+            from fastpix2pix.data import dali  # cannot be imported everywhere
 
-            return dali.resized_chunks(
-                self.pairs, requests, largest_request=self._samples_per_chunk, **settings
-            )
+            return dali.resized_chunks(self.pairs, requests, largest_request=self.chunk_size, **settings)
         from fastpix2pix.data import portable
 
         return portable.resized_chunks(self.pairs, requests, **settings)
 
     def _decode_all(self) -> tuple[Tensor, Tensor]:
-        """Every pair, decoded and resized, in the device's memory: uint8 (count, load_size, load_size, 3)."""
-        count, size = len(self.pairs), self._plan["load_size"]
-        log.info(f"decoding {count} pairs into a cache of {2 * count * size**2 * 3 / 2**20:.0f} MiB")
-        a, b = (torch.empty(count, size, size, 3, dtype=torch.uint8, device=self._device) for _ in range(2))
-        requests = np.split(np.arange(count), range(self._samples_per_chunk, count, self._samples_per_chunk))
+        """A and B of every pair on the device: uint8 (count, load_size, load_size, 3)."""
+        shape = (len(self.pairs), self.load_size, self.load_size, 3)
+        a, b = (torch.empty(shape, dtype=torch.uint8, device=self.device) for _ in range(2))
+        log.info(f"decoding {len(self.pairs)} pairs into a cache of {2 * a.nbytes / 2**20:.0f} MiB")
+        everything = np.arange(len(self.pairs))
+        requests = np.split(everything, everything[self.chunk_size :: self.chunk_size])
         with closing(self._decoded(iter(requests))) as decoded:
             for which, halves in zip(requests, decoded, strict=True):
                 part = slice(which[0], which[-1] + 1)
@@ -211,9 +197,10 @@ def open_loader(
 
     ``direction="AtoB"`` makes A, the left half, the source and B the target. Every half is resized to
     ``load_size`` squared and cropped to ``crop_size`` squared by the decisions of :func:`epoch_plan`.
-    ``chunk`` pairs (64 on a GPU, 16 on the CPU), rounded down to whole batches, are decoded in one run.
-    A data set whose resized pixels (8 bit) fit into ``cache_bytes`` is decoded once and kept in the memory
-    of ``device``. ``num_threads`` threads (DALI) or processes (portable) decode.
+    ``loader`` says who decodes: NVIDIA DALI, or Pillow ("portable"); "auto" takes DALI where it can be
+    imported. ``num_threads`` threads (DALI) or processes (portable) decode ``chunk`` pairs (64 on a GPU,
+    16 on the CPU), rounded down to whole batches, in one run. A data set whose resized pixels (8 bit)
+    fit into ``cache_bytes`` is decoded once and kept in the memory of ``device``.
 
     Raises ``UserError`` for a data set, a size or a loader that cannot be used.
     """
@@ -223,39 +210,45 @@ def open_loader(
         raise UserError(f"batch_size {batch_size}: must be 1 or more")
     if seed < 0:
         raise UserError(f"seed {seed}: must be 0 or more")
-    has_dali = _has_dali()
-    if loader == "dali" and not has_dali:
-        raise UserError(
-            "--loader dali: NVIDIA DALI is not installed here (Linux only); use --loader portable"
-        )
-    kind = "portable" if loader == "portable" or not has_dali else "dali"
     device = torch.device(device)
     pairs = find_pairs(root, split)
-    log.info(f"{len(pairs)} pairs from {root}, {split}, decoded by the {kind} loader")
+    kind = _choose(loader)
+    log.info(f"{len(pairs)} pairs of {root}, {split}, decoded by {'DALI' if kind == 'dali' else 'Pillow'}")
+    needed = 2 * len(pairs) * load_size**2 * 3
+    if 0 < cache_bytes < needed:
+        log.warning(f"{len(pairs)} pairs take {needed} bytes: too many for a cache of {cache_bytes} bytes")
+    chunk = chunk or (16 if device.type == "cpu" else 64)
     return Loader(
         pairs,
         kind,
-        direction=direction,
-        load_size=load_size,
-        crop_size=crop_size,
-        interpolation=interpolation,
-        flip=flip,
-        shuffle=shuffle,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        num_threads=num_threads,
-        chunk=chunk or (16 if device.type == "cpu" else 64),
-        cache_bytes=cache_bytes,
+        direction,
+        load_size,
+        crop_size,
+        interpolation,
+        flip,
+        shuffle,
+        batch_size,
+        seed,
+        device,
+        dtype,
+        num_threads,
+        chunk_size=max(1, chunk // batch_size) * batch_size,
+        cached=cache_bytes >= needed,
     )
 
 
-def _has_dali() -> bool:
+def _choose(loader: Literal["auto", "dali", "portable"]) -> Literal["dali", "portable"]:
+    if loader == "portable":
+        return "portable"
     try:
-        return find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # not even the namespace package nvidia
-        return False
+        import nvidia.dali  # noqa: F401
+    except (ImportError, OSError) as error:  # OSError: a library that it needs is missing
+        if loader == "dali":
+            raise UserError(
+                f"--loader dali: NVIDIA DALI can't be imported here ({error}); use --loader portable"
+            ) from error
+        return "portable"
+    return "dali"
 
 
 def load_pair(

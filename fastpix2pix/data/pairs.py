@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -21,6 +22,7 @@ UNREADABLE = (
     ValueError,
     Image.DecompressionBombError,
 )  # what Pillow raises on bad files
+KINDS = {"1": "black and white", "L": "grey", "LA": "grey with transparency", "P": "palette"}
 # What a whole file ends with; a file that ends otherwise is decoded once, to see whether it is cut short.
 ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
@@ -65,7 +67,7 @@ def find_pairs(root: str | Path, split: str) -> list[Pair]:
         if not (root / split).is_dir():
             raise UserError(f"{root}: no split {split!r}; {_name_splits(root)}")
         files = [(path, None) for path in _images(root / split)]
-    headers = {path: _header(path) for pair in files for path in pair if path}
+    headers = {path: _Header.of(path) for pair in files for path in pair if path}
     pairs = [_pair(a, b, headers) for a, b in files]
     _report_conversions(headers)
     return pairs
@@ -101,32 +103,34 @@ def _scale_16_bit(samples: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class _Header:
     size: tuple[int, int]  # (height, width)
-    kind: str  # e.g. "RGB JPEG", "16-bit PNG"
+    kind: str  # e.g. "RGB", "grey", "16-bit"
+    plain: bool
 
-    @property
-    def plain(self) -> bool:
-        return self.kind in ("RGB JPEG", "RGB PNG", "L JPEG", "L PNG")
-
-
-def _header(path: Path) -> _Header:
-    try:
-        if path.stat().st_size == 0:
-            raise UserError(f"{path}: is empty (0 bytes); replace or remove it")
-        with Image.open(path) as image:
-            depth = "16-bit" if "16" in str(image.tile[0][3]) + image.mode else image.mode
-            header = _Header(image.size[::-1], f"{depth} {image.format}")
-            ending = ENDINGS.get(image.format)
-        if ending and not _ends_with(path, ending):
+    @classmethod
+    def of(cls, path: Path) -> "_Header":
+        """Reads the header and the last bytes of a file; raises ``UserError`` if it is no whole picture."""
+        try:
+            with open(path, "rb") as file, Image.open(file) as image:
+                size, mode, format = image.size[::-1], image.mode, image.format
+                if "16" in mode + str(image.tile[0][3]):
+                    mode = "16-bit"
+                whole = _ends_as_it_should(file, format)
+        except UNREADABLE as error:
+            reason = "is empty (0 bytes)" if _is_empty(path) else f"is not a readable JPEG or PNG ({error})"
+            raise UserError(f"{path}: {reason}; replace or remove it") from error
+        if not whole:
             read_rgb(path)
-    except UNREADABLE as error:
-        raise UserError(f"{path}: is not a readable JPEG or PNG ({error}); replace or remove it") from error
-    return header
+        return cls(size, KINDS.get(mode, mode), mode in ("RGB", "L") and format in ENDINGS)
 
 
-def _ends_with(path: Path, ending: bytes) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-min(len(ending), path.stat().st_size), os.SEEK_END)
-        return file.read() == ending
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
+
+
+def _ends_as_it_should(file: BinaryIO, format: str) -> bool:
+    ending = ENDINGS.get(format, b"")
+    file.seek(-len(ending), os.SEEK_END)
+    return file.read() == ending
 
 
 def _pair(a: Path, b: Path | None, headers: dict[Path, _Header]) -> Pair:
@@ -192,13 +196,13 @@ _reported: set[str] = set()
 
 
 def _report_conversions(headers: dict[Path, _Header]) -> None:
-    converted = [path for path, header in headers.items() if not header.kind.startswith("RGB ")]
+    converted = [path for path, header in headers.items() if header.kind != "RGB"]
     if not converted:
         return
     first = converted[0]
-    message = f"{first} is {headers[first].kind}: converted to 8-bit RGB"
+    message = f"{first} is not 8-bit RGB ({headers[first].kind}): converted"
     if len(converted) > 1:
-        message += f", as are {len(converted) - 1} more in {first.parent}"
+        message += f", as are {len(converted) - 1} more files"
     if message not in _reported:
         _reported.add(message)
         log.warning(message)
