@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastpix2pix.config import TrainConfig
 from fastpix2pix.errors import UserError
 from fastpix2pix.kernels.norm_act import norm_act, norm_act_backward, norm_act_forward
 from fastpix2pix.kernels.reference import NormActConfig, compute_dtype
@@ -474,3 +475,20 @@ class _Judge(torch.autograd.Function):
             )
             dy, _, _ = _conv_backward(dpre, x[rows], block.conv, needs_x=True, needs_weight=False)
         return dy[:, -ctx.fake_channels :]
+
+
+def build_networks(config: TrainConfig, device: torch.device) -> tuple[UNetGenerator, PatchDiscriminator]:
+    """Freshly initialised networks, the same for the same seed on every device."""
+    torch.manual_seed(config.seed)
+    generator = UNetGenerator(
+        config.preset,
+        ngf=config.ngf,
+        num_downs=config.num_downs,
+        norm=config.norm,
+        dropout=0.0 if config.no_dropout else 0.5,
+        seed=config.seed,
+    )
+    discriminator = PatchDiscriminator(
+        config.preset, ndf=config.ndf, n_layers=config.n_layers_D, norm=config.norm
+    )
+    return generator.to(device), discriminator.to(device)

@@ -18,10 +18,11 @@ from fastpix2pix.data import find_pairs, load_pair, open_loader
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
 from fastpix2pix.errors import UserError
 from fastpix2pix.graph import CapturedStep, set_float32_math
-from fastpix2pix.models import PatchDiscriminator, UNetGenerator
+from fastpix2pix.models import build_networks
 from fastpix2pix.monitor import Monitor
 from fastpix2pix.optim import MasterAdam
 from fastpix2pix.precision import WORKING_TYPES, choose_precision
+from fastpix2pix.selfcheck import trusted
 from fastpix2pix.step import TrainStep
 
 SAMPLE_PAIRS = 4
@@ -39,23 +40,6 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: this machine has no such device; try cpu or auto") from error
     return device
-
-
-def build_networks(config: TrainConfig, device: torch.device) -> tuple[UNetGenerator, PatchDiscriminator]:
-    """Freshly initialised networks, the same for the same seed on every device."""
-    torch.manual_seed(config.seed)
-    generator = UNetGenerator(
-        config.preset,
-        ngf=config.ngf,
-        num_downs=config.num_downs,
-        norm=config.norm,
-        dropout=0.0 if config.no_dropout else 0.5,
-        seed=config.seed,
-    )
-    discriminator = PatchDiscriminator(
-        config.preset, ndf=config.ndf, n_layers=config.n_layers_D, norm=config.norm
-    )
-    return generator.to(device), discriminator.to(device)
 
 
 def training_state(step: TrainStep, config: TrainConfig, steps_done: int, epoch: int, position: int) -> dict:
@@ -190,6 +174,8 @@ def train(config: TrainConfig) -> None:
     )
     samples = sample_pairs(root, config, device)
     set_float32_math(config.precision)
+    if device.type == "cuda":
+        config = trusted(config, device)
     step = TrainStep(*build_networks(config, device), config)
     done, epoch, position = 0, 0, 0
     if config.continue_train:
