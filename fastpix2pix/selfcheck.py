@@ -66,7 +66,8 @@ def trusted(config: TrainConfig, device: torch.device) -> TrainConfig:
         lost = "without CUDA graph and Triton kernels"
     warnings.warn(
         f"on this GPU the fast step differs from the reference by {difference:.1e} (allowed: "
-        f"{tolerance:.0e}); training goes on {lost}, slower; please report what `python -m fastpix2pix.doctor` prints",
+        f"{tolerance:.0e}); training goes on {lost}, slower; please report what "
+        "`python -m fastpix2pix.doctor` prints",
         RuntimeWarning,
         stacklevel=2,
     )
