@@ -21,7 +21,7 @@ NAMES = (
     "it's 100% #1?x=2;y",
     "line\nbreak\tand tab",
     "ünï 図面 🏠",
-    "<script>document.title='broken into'",
+    "<SCRIPT>document.title='broken into'",
     "'><img src=x onerror=alert(1)>",
     "-->",
     "%2e%2e%2f",
@@ -166,5 +166,5 @@ def test_in_a_browser(tmp_path):
     highest_first = sorted(entries, key=lambda entry: -entry.metrics["L1"])
     order = ",".join(str(len(entry.name.encode("utf-16-le")) // 2) for entry in highest_first)
     n = len(NAMES)
-    # "<script>..." and "javascript:..." hold the word
+    # "<SCRIPT>..." and "javascript:..." hold the word
     assert drive(page, actions, tmp_path) == f"{3 * n}|2 2 of {n} images|{n}|{order}|true|generated1"

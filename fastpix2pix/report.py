@@ -1,0 +1,304 @@
+"""``report.html`` of a run, while it trains and after: loss curves, samples over time, configuration."""
+
+import dataclasses
+import json
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event
+
+from fastpix2pix import cli
+from fastpix2pix.config import RECIPES, TrainConfig
+from fastpix2pix.errors import UserError
+from fastpix2pix.page import link, text, write_page
+
+HEALTH_TAG = "gan_health/text_summary"  # TensorBoard's name for the text "gan_health"
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write ``run_folder / "report.html"`` from the run's ``events/``, ``samples/`` and ``config.json``.
+
+    Reads whatever is there so far, so it can be called at any moment of a run, by any process. Raises
+    UserError when ``run_folder`` is no run, or the page cannot be written.
+    """
+    try:
+        config = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run_folder} has no readable config.json; give the folder of a run") from error
+    history = read_history(run_folder / "events")
+    name = config.get("name", run_folder.name)
+    body = f"""
+<header>
+  <h1>{text(name)}</h1>
+  <p>{text(history.health)}</p>
+  {_tiles(history, config)}
+</header>
+<main>
+  <section class="charts">{_charts(history, config)}</section>
+  <h2>Samples</h2>
+  {_samples(run_folder)}
+  <h2>Configuration</h2>
+  {_configuration(config)}
+</main>
+"""
+    path = run_folder / "report.html"
+    write_page(
+        path, title=f"{config.get('name', run_folder.name)}: report", style=STYLE, body=body, script=SCRIPT
+    )
+    return path
+
+
+# ----------------------------------------------------------------------------------------- event files
+
+
+@dataclass
+class History:
+    """What TensorBoard's event files say: per tag the steps (increasing) and values, and the last health."""
+
+    steps: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    values: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    health: str = ""
+
+    def add(self, tag: str, step: int, value: float) -> None:
+        """Append a point; a step reached for the second time, in a continued run, replaces what followed."""
+        steps, values = self.steps.setdefault(tag, []), self.values.setdefault(tag, [])
+        while steps and steps[-1] >= step:
+            steps.pop()
+            values.pop()
+        steps.append(step)
+        values.append(value)
+
+    def last(self, tag: str) -> float | None:
+        return self.values[tag][-1] if tag in self.values else None
+
+
+def read_history(events: Path) -> History:
+    """Scalars and GAN health of all event files in ``events``, oldest file first.
+
+    TensorBoard's own reader checks every record's CRC in Python, which takes several times as long for the
+    hundreds of thousands of points of a run.
+    """
+    history = History()
+    for path in sorted(events.glob("events.out.tfevents.*"), key=lambda path: path.name):
+        for record in _records(path):
+            event = Event.FromString(record)
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    history.add(value.tag, event.step, value.simple_value)
+                elif value.tag == HEALTH_TAG:
+                    history.health = value.tensor.string_val[0].decode("utf-8", "replace")
+    return history
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    """The records of a TFRecord file: length (uint64), CRC (4 bytes), the record, CRC (4 bytes).
+
+    A last record that is still being written is left out.
+    """
+    content = path.read_bytes()
+    start = 12
+    while start <= len(content):
+        (length,) = struct.unpack_from("<Q", content, start - 12)
+        if start + length + 4 > len(content):
+            return
+        yield content[start : start + length]
+        start += length + 16
+
+
+# ------------------------------------------------------------------------------------------ page parts
+
+
+def _tiles(history: History, config: dict) -> str:
+    """The newest readings in large print."""
+    steps = history.steps.get("gen_total_loss")
+    tiles = {"step": f"{steps[-1]:,}" if steps else "0"}
+    if config.get("steps"):
+        tiles["step"] += f" of {config['steps']:,}"
+    rate, wait = history.last("train/images_per_second"), history.last("train/data_wait_share")
+    if rate is not None:
+        tiles["images a second"] = f"{rate:.3g}"
+    if wait is not None:
+        tiles["waiting for data"] = f"{wait:.0%}"
+    lr = history.last("train/learning_rate")
+    if lr is not None:
+        tiles["learning rate"] = f"{lr:.3g}"
+    return f'<dl class="tiles">{_terms(tiles)}</dl>'
+
+
+def _terms(values: dict) -> str:
+    return "".join(
+        f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in values.items()
+    )
+
+
+def _charts(history: History, config: dict) -> str:
+    """The four losses; the players' against the loss of a discriminator that can't tell real from fake."""
+    undecided, name = (0.25, "1/4") if config.get("gan_mode") == "lsgan" else (math.log(2), "log 2")
+    references = [(undecided, f"{name} = {undecided:.2f}")]
+    # The tutorial's discriminator loss is the sum of both halves, which log 2 is not the undecided value of.
+    recipe = RECIPES.get(config.get("preset"))
+    doubled = recipe is not None and recipe.disc_factor == 1
+    both = [(2 * undecided, f"undecided = {2 * undecided:.2f}")] if doubled else []
+    return (
+        _chart(history, "gen_gan_loss", "Generator, GAN term", references)
+        + _chart(history, "disc_loss", "Discriminator, real and fake", references + both)
+        + _chart(history, "gen_l1_loss", "Generator, L1 term before its weight", [])
+        + _chart(history, "gen_total_loss", "Generator, total", [])
+    )
+
+
+WIDTH, HEIGHT = 560, 230
+LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 26  # margins of the plot, where the labels are
+BINS = 240
+
+
+def _chart(history: History, tag: str, title: str, references: Sequence[tuple[float, str]]) -> str:
+    """One curve as SVG: the mean over bins of steps, and the band between the 10th and 90th percentile."""
+    steps, values = np.array(history.steps.get(tag, [])), np.array(history.values.get(tag, []))
+    caption = f"<figcaption>{text(title)} <code>{text(tag)}</code></figcaption>"
+    if not len(steps):
+        return f"<figure>{caption}<p>no step yet</p></figure>"
+    centres, low, mean, high = bin_curve(steps, values, BINS)
+    top = 1.05 * max([high.max(), *(value for value, _ in references)], default=1.0) or 1.0
+    last, right = max(steps[-1], 1), WIDTH - RIGHT
+
+    def x(step):
+        return LEFT + (right - LEFT) * step / last
+
+    def y(value):
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / top
+
+    def path(xs, ys):
+        return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x(xs), y(ys), strict=True))
+
+    grid = "".join(
+        f'<path class="grid" d="M{LEFT} {y(value):.1f}H{right}"/>'
+        f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>'
+        for value in ticks(top)
+    )
+    grid += "".join(
+        f'<text x="{x(step):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{_short(step)}</text>'
+        for step in ticks(last)
+    )
+    marks = "".join(
+        f'<path class="reference" d="M{LEFT} {y(value):.1f}H{right}"/>'
+        f'<text class="reference" x="{right}" y="{y(value) - 5:.1f}" text-anchor="end">{text(label)}</text>'
+        for value, label in references
+    )
+    band = f"{path(centres, low)} {path(centres[::-1], high[::-1])}"
+    return f"""<figure>{caption}
+<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(title)}, now {mean[-1]:.3g}">
+{grid}<polygon class="band" points="{band}"/><polyline class="curve" points="{path(centres, mean)}"/>{marks}
+</svg></figure>
+"""
+
+
+def bin_curve(
+    steps: np.ndarray, values: np.ndarray, bins: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(mean step, 10th percentile, mean, 90th percentile) of at most ``bins`` runs of consecutive points."""
+    parts = np.array_split(np.arange(len(steps)), min(bins, len(steps)))
+    low, high = np.array([np.percentile(values[part], (10, 90)) for part in parts]).T
+    return (
+        np.array([steps[part].mean() for part in parts]),
+        low,
+        np.array([values[part].mean() for part in parts]),
+        high,
+    )
+
+
+def ticks(top: float) -> list[float]:
+    """Round numbers from 0 to at most ``top``, 1, 2 or 5 times a power of ten apart, four to ten of them."""
+    step = 10.0 ** math.floor(math.log10(top))
+    step *= next(factor for factor in (2, 1, 0.5, 0.2) if top / (step * factor) >= 4)
+    return [round(i * step, 12) for i in range(int(top / step + 1e-9) + 1)]
+
+
+def _short(step: float) -> str:
+    return f"{step / 1000:g}k" if step >= 1000 else f"{step:g}"
+
+
+def _samples(run_folder: Path) -> str:
+    """The grids that the monitor drew, oldest first, newest in view."""
+    figures = []
+    for path in sorted((run_folder / "samples").glob("step_*.png")):
+        with Image.open(path) as image:
+            width, height = image.size
+        url = link(f"samples/{path.name}")
+        step = int(path.stem.removeprefix("step_"))
+        figures.append(
+            f'<figure><a href="{url}"><img src="{url}" alt="samples at step {step}" width="{width}" '
+            f'height="{height}" loading="lazy" decoding="async"></a>'
+            f"<figcaption>step {step:,}</figcaption></figure>"
+        )
+    if not figures:
+        return "<p>No samples yet.</p>"
+    return f'<p>input | target | generated</p><div class="strip" tabindex="0">{"".join(figures)}</div>'
+
+
+def _configuration(config: dict) -> str:
+    """Every option; those that differ from the default stand out."""
+    defaults = TrainConfig().to_dict()
+    rows = "".join(
+        f"<div{'' if value == defaults.get(name) else ' class=changed'}><dt>{text(name)}</dt>"
+        f"<dd>{text('' if value is None else value)}</dd></div>"
+        for name, value in config.items()
+    )
+    return f'<p>Bold: not the default.</p><dl class="options">{rows}</dl>'
+
+
+STYLE = """
+main > h2 { margin: 1.8rem 0 .3rem; }
+.tiles { display: flex; flex-wrap: wrap; gap: .4rem 2rem; margin: .9rem 0 0; }
+.tiles dt { color: var(--faint); font-size: .85em; }
+.tiles dd { margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: .9rem; }
+figure { margin: 0; }
+.charts figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+.charts figure { padding: .7rem .8rem; }
+.charts figcaption { font-weight: 600; }
+code { color: var(--faint); font-weight: 400; font-size: .85em; }
+svg { display: block; width: 100%; height: auto; font-size: 12px; }
+svg text { fill: var(--faint); }
+.grid { stroke: var(--line); }
+.curve { fill: none; stroke: var(--accent); stroke-width: 1.8; stroke-linejoin: round; }
+.band { fill: var(--accent); opacity: .2; }
+path.reference { stroke: var(--ink); stroke-dasharray: 5 4; opacity: .65; }
+svg text.reference { fill: var(--ink); }
+.strip { display: flex; gap: .9rem; overflow-x: auto; padding: .5rem 0; }
+.strip img { height: min(32rem, 70vh); width: auto; border-radius: 4px; }
+.strip figcaption { text-align: center; color: var(--faint); padding-top: .3rem; }
+.options { columns: auto 22rem; column-gap: 3rem; margin: .5rem 0 0; }
+.options div { display: flex; gap: 1rem; break-inside: avoid; padding: .1rem 0; }
+.options dt { flex: 0 0 10rem; color: var(--faint); }
+.options dd { margin: 0; overflow-wrap: anywhere; }
+.options .changed * { font-weight: 650; color: var(--ink); }
+"""
+
+
+SCRIPT = """
+const strip = document.querySelector(".strip");  // oldest first; the newest is what one looks for
+if (strip) strip.scrollLeft = strip.scrollWidth;
+"""
+
+
+@dataclass
+class ReportConfig:
+    """Write RUN/report.html, as training does at every checkpoint."""
+
+    run: Path
+    """Folder of the run: CHECKPOINTS_DIR/NAME."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write one report and say where it is."""
+    cli.run(ReportConfig, lambda config: print(write_report(config.run)), argv)
+
+
+if __name__ == "__main__":
+    main()
