@@ -1,8 +1,12 @@
 """Every loader obeys the plan: batches against a plain numpy reading of the same files."""
 
+import hashlib
 import itertools
+import json
+import multiprocessing
 import re
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ import torch
 from PIL import Image
 
 from fastpix2pix.data import find_pairs, open_loader
+from fastpix2pix.data import loader as loader_module
 from fastpix2pix.data.plan import Plan, epoch_plan
 from fastpix2pix.errors import UserError
 
@@ -87,6 +92,24 @@ def test_batches_are_those_of_the_plan(tmp_path, kind, direction, batch_size, ch
     for batch, expected in zip(loader.stream(), wanted, strict=False):
         assert_same(batch, expected)
     loader.close()
+
+
+@pytest.mark.parametrize("mirrored, key", [(False, "not_flipped"), (True, "flipped")])
+def test_samples_are_the_tutorials(tmp_path, golden, kind, monkeypatch, mirrored, key):
+    """From a file to the batch: the float32 pixels that TensorFlow made of the same picture and decisions."""
+    tutorial = json.loads((golden / "preprocess_golden.json").read_text())
+    (tmp_path / "train").mkdir()
+    picture = np.random.default_rng(3).integers(0, 256, (256, 512, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "train" / "1.png")
+    corner = np.array([tutorial["crop"]["y"]]), np.array([tutorial["crop"]["x"]])
+    plan = Plan(np.array([0]), *corner, np.array([mirrored]))
+    monkeypatch.setattr(loader_module, "epoch_plan", lambda *_, **__: plan)
+    loader = open_loader(tmp_path, loader=kind, num_threads=1)
+    batch = next(loader.stream())
+    loader.close()
+    for image, name in ((batch.source, "input"), (batch.target, "real")):
+        pixels = image.permute(0, 2, 3, 1).numpy().tobytes()
+        assert hashlib.sha256(pixels).hexdigest() == tutorial[key][name]["sha256_float32_le"]
 
 
 def test_pictures_of_many_sizes_and_two_folders(tmp_path, kind):
@@ -238,6 +261,22 @@ def test_good_batches_before_a_damaged_file_arrive(tmp_path, kind):
         assert_same(next(stream), expected)
     with pytest.raises(UserError, match="6.png"):
         next(stream)
+
+
+def test_close_leaves_no_thread_and_no_process(tmp_path, kind):
+    def threads() -> list[str]:
+        return [t.name for t in threading.enumerate() if not t.daemon]
+
+    write_pairs(tmp_path / "train", 3)
+    before = threads()
+    loader = open_loader(tmp_path, loader=kind, num_threads=2, **SIZES)
+    streams = [loader.stream(), loader.stream()]
+    for stream in streams:
+        next(stream)
+    assert len(threads()) > len(before)
+    loader.close()
+    assert threads() == before and not multiprocessing.active_children()
+    assert next(streams[0], None) is None
 
 
 @pytest.mark.parametrize(

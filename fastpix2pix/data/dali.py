@@ -130,10 +130,14 @@ def _run(pipeline: Pipeline, device: torch.device, pairs: list[Pair], asked: deq
     except StopIteration:
         return ()
     except RuntimeError as error:
+        if not asked:
+            raise
         for i in asked[0]:
             pairs[i].read()  # raises UserError at the file that is broken
-        names = f"{pairs[asked[0][0]].a} ... {pairs[asked[0][-1]].a}"
-        raise UserError(f"DALI cannot decode one of {names}; try --loader portable") from error
+        files = f"{pairs[asked[0][0]].a} ... {pairs[asked[0][-1]].a}"
+        raise UserError(
+            f"{files}: DALI fails though Pillow reads them; try --loader portable ({error})"
+        ) from error
 
 
 def _resized(half, load_size: int, interpolation: Interpolation) -> Tensor:

@@ -107,12 +107,13 @@ class Loader:
         if self.device.type == "cuda":
             yield from chunks
             return
+        chunk = next(chunks)  # in the caller's thread: from here the decoder's processes are forked
         # One core for the maker (the setting is the thread's own): the others belong to the training step.
         with ThreadPoolExecutor(1, "loader", torch.set_num_threads, (1,)) as maker:
-            coming = maker.submit(next, chunks)
             while True:
-                chunk, coming = coming.result(), maker.submit(next, chunks)
+                coming = maker.submit(next, chunks)
                 yield chunk
+                chunk = coming.result()
 
     def _jittered(self, epoch: int, position: int) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
         chunks, same_chunks = tee(self._chunks(epoch, position))

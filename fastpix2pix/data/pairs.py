@@ -16,12 +16,9 @@ from fastpix2pix.errors import UserError
 log = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    Image.DecompressionBombError,
-)  # what Pillow raises on bad files
+FORMATS = ("JPEG", "PNG")
+# What Pillow raises on a file that it cannot read.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 KINDS = {"1": "black and white", "L": "grey", "LA": "grey with transparency", "P": "palette"}
 # What a whole file ends with; a file that ends otherwise is decoded once, to see whether it is cut short.
 ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
@@ -76,7 +73,7 @@ def find_pairs(root: str | Path, split: str) -> list[Pair]:
 def read_rgb(path: Path) -> np.ndarray:
     """The picture, uint8 (height, width, 3): 16 bit scaled by 1/257, transparency dropped, grey repeated."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return _to_rgb(image)
     except UNREADABLE as error:
         raise UserError(f"{path}: cannot be decoded ({error}); replace or remove it") from error
@@ -110,7 +107,7 @@ class _Header:
     def of(cls, path: Path) -> "_Header":
         """Reads the header and the last bytes of a file; raises ``UserError`` if it is no whole picture."""
         try:
-            with open(path, "rb") as file, Image.open(file) as image:
+            with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
                 size, mode, format = image.size[::-1], image.mode, image.format
                 if "16" in mode + str(image.tile[0][3]):
                     mode = "16-bit"
@@ -156,7 +153,7 @@ def _images(folder: Path) -> list[Path]:
     files = [p for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")]
     if not files:
         raise UserError(f"{folder}: holds no {', '.join(EXTENSIONS)} file; put the pairs there")
-    return sorted(files, key=lambda p: _natural(p.name))
+    return sorted(files, key=lambda p: (_natural(p.name), p.name))
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
