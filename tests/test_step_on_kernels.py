@@ -42,7 +42,9 @@ def compare(monkeypatch, preset, precision, **options):
     torch.testing.assert_close(
         losses, expected_losses, rtol=LOSS_BOUND[precision], atol=LOSS_BOUND[precision]
     )
-    assert sum(bool(change.any()) for change in expected_changes) >= len(expected_changes) - 2
+    # The tutorial's bottleneck is LeakyReLU(beta), 0 from fresh weights at batch 1; the next block's ReLU stays
+    # at 0 with it, and neither learns: six tensors.
+    assert sum(bool(change.any()) for change in expected_changes) >= len(expected_changes) - 6
     for mine, theirs in zip(changes, expected_changes, strict=True):
         largest = theirs.abs().max()
         mean_difference = (mine - theirs).abs().mean()
