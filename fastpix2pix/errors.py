@@ -5,8 +5,10 @@ class UserError(Exception):
     """A mistake that the user can mend.
 
     ``str(error)`` is one line that names the file or value, says what is wrong with it, and gives the
-    remedy. Commands print it as ``error: ...`` and exit with 2; library callers may catch it.
+    remedy. Commands print it as ``error: ...`` and exit with 2; library callers may catch it. What a
+    terminal could not show of a file's name, or would obey, is escaped.
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
