@@ -67,6 +67,8 @@ def test_pairs_in_two_folders(tmp_path, capsys, layout):
         ("train", 3, {(9, 7): 3}),
         ("val", 2, {(9, 7): 2}),
     ]
+    if layout == "{split}/{ab}":
+        assert [(r.name, r.pairs) for r in check_folder(tmp_path / "train")] == [("train", 3)]
     (tmp_path / layout.format(ab="B", split="val") / "1.png").unlink()
     code, out, errors = run(capsys, "check", str(tmp_path))
     assert code == 2 and len(errors) == 1 and "has no partner 1" in errors[0]
