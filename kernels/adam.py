@@ -8,7 +8,8 @@ those of today's gradients, and no table of addresses has to be kept true.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -341,3 +342,30 @@ def _update_on_cpu(
         for master, grad, exp_avg, exp_avg_sq, working in zip(*chunks, strict=True):
             fused([master], [scratch[: grad.numel()].copy_(grad)], [exp_avg], [exp_avg_sq])
             working.copy_(master)
+
+
+# ----------------------------------------------------------------------------------------------- specimens
+
+
+def specimens(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """A large weight and the small ones of both networks, of the tutorial at 256x256 (see report.py)."""
+    channels = (128, 256, *(7 * (512,)), 256, 128, 64)
+    norms = [size for size in channels for _ in ("weight", "bias")]
+    scaled = dtype == torch.float16
+    number = torch.empty(()) if scaled else None
+    clock, form = AdamClock.create(torch.device("cpu")), AdamForm(0.5, 0.999, 1e-7, True)
+
+    def vectors(sizes: Sequence[int], kind: torch.dtype) -> list[Tensor]:
+        return [torch.empty(size, dtype=kind) for size in sizes]
+
+    for label, sizes in (
+        ("weight 512x512x4x4", [512 * 512 * 16]),
+        ("small weights of G", [64 * 3 * 16, *norms, 128 * 3 * 16, 3]),
+        ("small weights of D", [64 * 6 * 16, 128, 128, 256, 256, 512, 512, 512 * 16, 1]),
+    ):
+        grads, states = vectors(sizes, dtype), [vectors(sizes, torch.float32) for _ in range(3)]
+        workings = None if dtype == torch.float32 else vectors(sizes, dtype)
+        yield label, partial(update, states[0], grads, *states[1:], workings, clock, form, number, number)
+        if scaled:
+            yield label, partial(mark_non_finite, grads, number)
+    yield "step count", partial(advance, clock, form, number)

@@ -1,5 +1,7 @@
 """PatchGAN loss with its gradient: both players from one launch, or one set of logits against one target."""
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -192,3 +194,15 @@ def _constants(logits: Tensor, mode: str) -> dict[str, Any]:
         "BLOCK": BLOCK,
         "num_warps": NUM_WARPS,
     }
+
+
+# ----------------------------------------------------------------------------------------------- specimens
+
+
+def specimens(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The logits of one real and one fake 256x256 image, for both losses (see report.py)."""
+    logits = torch.empty(2, 1, 30, 30, dtype=dtype)
+    scale = torch.empty(()) if dtype == torch.float16 else None
+    for mode in ("vanilla", "lsgan"):
+        yield f"{mode} 30x30", partial(gan_loss, logits, mode=mode, scale=scale)
+        yield f"{mode} 30x30", partial(gan_target_loss, logits[1:], True, mode=mode, scale=scale)

@@ -1,5 +1,7 @@
 """tanh + L1 of the generator's last layer, with its gradient, as one differentiable op."""
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,22 +51,31 @@ class Image(NamedTuple):
 
 
 @triton.jit
-def _positions(BLOCK: tl.constexpr):
-    """In 64 bits, for batches of more than 2**31 values."""
-    return tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _start(BLOCK: tl.constexpr):
+    """Position of this program's first value; in 64 bits, for batches of more than 2**31 values."""
+    return tl.program_id(0).to(tl.int64) * BLOCK
 
 
 @triton.jit
-def _pointers(image, position, CHANNELS: tl.constexpr):
+def _split(CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """The program's values as (pixels after the first value's, channel), for which 32 bits are enough."""
+    i = (_start(BLOCK) % CHANNELS).to(tl.int32) + tl.arange(0, BLOCK)
+    return i // CHANNELS, i % CHANNELS
+
+
+@triton.jit
+def _pointers(image, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    start = _start(BLOCK)
     if image.stride is None:
-        return image.pointer + position
+        return image.pointer + start + tl.arange(0, BLOCK)
     else:
-        return image.pointer + position // CHANNELS * image.stride + position % CHANNELS
+        pixel, channel = _split(CHANNELS, BLOCK)
+        return image.pointer + start // CHANNELS * image.stride + pixel * image.stride + channel
 
 
 @triton.jit
-def _load(image, position, inside, CHANNELS: tl.constexpr, DTYPE: tl.constexpr):
-    return tl.load(_pointers(image, position, CHANNELS), mask=inside, other=0.0).to(DTYPE)
+def _load(image, inside, CHANNELS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    return tl.load(_pointers(image, CHANNELS, BLOCK), mask=inside, other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -91,14 +102,14 @@ def pixel_loss_forward_map(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    position = _positions(BLOCK)
-    inside = position < total
-    z = _load(x, position, inside, CHANNELS, DTYPE)
+    inside = _start(BLOCK) + tl.arange(0, BLOCK) < total
+    z = _load(x, inside, CHANNELS, DTYPE, BLOCK)
     if bias is not None:
-        z += tl.load(bias + position % CHANNELS, mask=inside, other=0.0).to(DTYPE)
+        _, channel = _split(CHANNELS, BLOCK)
+        z += tl.load(bias + channel, mask=inside, other=0.0).to(DTYPE)
     value = _tanh(z).to(fake.pointer.dtype.element_ty)
-    tl.store(_pointers(fake, position, CHANNELS), value, mask=inside)
-    distance = tl.abs(value.to(DTYPE) - _load(target, position, inside, CHANNELS, DTYPE))
+    tl.store(_pointers(fake, CHANNELS, BLOCK), value, mask=inside)
+    distance = tl.abs(value.to(DTYPE) - _load(target, inside, CHANNELS, DTYPE, BLOCK))
     tl.store(partials + tl.program_id(0), tl.sum(tl.where(inside, distance, 0.0)))
 
 
@@ -115,20 +126,19 @@ def pixel_loss_backward_map(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    position = _positions(BLOCK)
-    inside = position < total
-    value = _load(fake, position, inside, CHANNELS, DTYPE)
+    inside = _start(BLOCK) + tl.arange(0, BLOCK) < total
+    value = _load(fake, inside, CHANNELS, DTYPE, BLOCK)
     gradient = tl.zeros_like(value)
     if dfake is not None:
-        gradient += _load(dfake, position, inside, CHANNELS, DTYPE)
+        gradient += _load(dfake, inside, CHANNELS, DTYPE, BLOCK)
     if dl1 is not None:
-        distance = value - _load(target, position, inside, CHANNELS, DTYPE)
+        distance = value - _load(target, inside, CHANNELS, DTYPE, BLOCK)
         each = tl.load(dl1).to(DTYPE) / total
         gradient += tl.where(distance > 0, each, tl.where(distance < 0, -each, 0.0))
     gradient *= (1.0 - value) * (1.0 + value)
-    tl.store(_pointers(dx, position, CHANNELS), gradient, mask=inside)
+    tl.store(_pointers(dx, CHANNELS, BLOCK), gradient, mask=inside)
     if partials is not None:
-        channel = position % CHANNELS
+        _, channel = _split(CHANNELS, BLOCK)
         for c in range(CHANNELS):
             mine = inside & (channel == c)
             tl.store(partials + tl.program_id(0) * CHANNELS + c, tl.sum(tl.where(mine, gradient, 0.0)))
@@ -280,3 +290,16 @@ def pixel_loss(
     tensor that shares it.
     """
     return _PixelLoss.apply(x, bias, target, (out,))
+
+
+# ----------------------------------------------------------------------------------------------- specimens
+
+
+def specimens(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """One 256x256 image on its way into the discriminator's input, and back (see report.py)."""
+    pairs = torch.empty((2, 6, 256, 256), dtype=dtype, memory_format=torch.channels_last)
+    x = torch.empty((1, 3, 256, 256), dtype=dtype, memory_format=torch.channels_last)
+    fake, bias = pairs[1:, 3:], torch.empty(3)
+    label = "256x256x3"
+    yield label, partial(pixel_loss_forward, x, bias, x, fake)
+    yield label, partial(pixel_loss_backward, fake, torch.empty(()), fake, x, bias)

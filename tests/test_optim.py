@@ -373,6 +373,37 @@ def test_masters_follow_weights_that_someone_else_wrote():
         torch.testing.assert_close(p.detach().float(), torch.full(p.shape, 3.0), rtol=0.01, atol=0)
 
 
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_masters_can_be_read_and_set(dtype):
+    module = network(dtype)
+    optimizer = MasterAdam(module.parameters())
+    weights = [master * 1.001 for master in optimizer.masters()]
+    optimizer.set_masters(weights)
+    assert_equal(optimizer.masters(), weights)
+    assert_equal(values(module), [weight.to(dtype) for weight in weights])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tensors_are_all_that_a_step_writes(dtype):
+    def snapshot():
+        return [tensor.detach().clone() for tensor in everything]
+
+    module = network(dtype)
+    optimizer = MasterAdam(module.parameters(), loss_scale=LossScale() if dtype == torch.float16 else None)
+    everything = [*optimizer.tensors(), *module.parameters()]
+    before = snapshot()
+    steps = []
+    for _ in range(2):
+        give_gradients(module, 0)
+        optimizer.step()
+        steps.append(snapshot())
+        for tensor, value in zip(everything, before, strict=True):
+            tensor.detach().copy_(value)
+    assert_equal(*steps)
+    moved = [not torch.equal(a, b) for a, b in zip(steps[0], before, strict=True)]
+    assert sum(moved) >= 3 * len(list(module.parameters())), "both moments and the masters change"
+
+
 @pytest.mark.parametrize(
     "p",
     [torch.ones(4, dtype=torch.int64), torch.ones(4, 6)[:, ::2], torch.ones(1, 4).expand(3, 4)],
