@@ -21,7 +21,7 @@ def run(preset: str, precision: str, *, steps: int, size: int, num_downs: int, n
     before = [p.detach().clone() for network in networks for p in network.parameters()]
     step = TrainStep(*networks, TrainConfig(preset=preset, precision=precision))
     if step.loss_scale is not None:
-        step.loss_scale.scale.fill_(2.0**8)  # the initial 2**16 overflows, and both sides would skip the update
+        step.loss_scale.scale.fill_(2.0**8)  # at the initial 2**16 both sides would skip the update
     losses = []
     for _ in range(steps):
         images = torch.rand(2, 1, 3, size, size) * 2 - 1
@@ -42,7 +42,7 @@ def compare(monkeypatch, preset, precision, **options):
     torch.testing.assert_close(
         losses, expected_losses, rtol=LOSS_BOUND[precision], atol=LOSS_BOUND[precision]
     )
-    # The tutorial's bottleneck is LeakyReLU(beta), 0 from fresh weights at batch 1; the next block's ReLU stays
+    # At batch 1 the bottleneck of fresh weights is LeakyReLU(beta) = 0; the ReLU of the next block stays
     # at 0 with it, and neither learns: six tensors.
     assert sum(bool(change.any()) for change in expected_changes) >= len(expected_changes) - 6
     for mine, theirs in zip(changes, expected_changes, strict=True):
