@@ -33,7 +33,7 @@ def program(monkeypatch, tmp_path, capsys):
         for name in [name for name in sys.modules if name.split(".")[0] in ("models", "options")]:
             del sys.modules[name]
 
-    def run(*flags, script="train.py", ours=True, form="2020", change=None):
+    def run(*flags, script="train.py", ours=True, form="2020", change=None, precision=None):
         forget()
         monkeypatch.setenv("MINIATURE_FORM", form)
         monkeypatch.syspath_prepend(REPOSITORY)
@@ -42,7 +42,7 @@ def program(monkeypatch, tmp_path, capsys):
         if change is not None:
             change()
         if ours:
-            junyanz.install()
+            junyanz.install(precision)
         capsys.readouterr()
         model = runpy.run_path(argv[0], run_name="__main__")["model"]
         return model, capsys.readouterr().out
@@ -114,10 +114,36 @@ def test_float32_training_equals_their_own_to_rounding(program):
 
 
 def test_dropout_follows_torch_seed(program):
-    first, second = (losses(program()[1]) for _ in range(2))
-    assert torch.equal(first, second)
+    (first, first_output), (_, second_output) = program(), program()
+    assert torch.equal(losses(first_output), losses(second_output))
+    assert first.netG.rng.tolist() == [1234, 4]  # torch's seed, and a new mask in each of the four steps
     without = losses(program("--no_dropout")[1])
-    assert not torch.allclose(first[0, 1], without[0, 1], rtol=1e-6)
+    assert not torch.allclose(losses(first_output)[0, 1], without[0, 1], rtol=1e-6)
+
+
+def test_16_bits_keep_float32_files_and_images(program, tmp_path):
+    flags = ("--no_dropout", "--lr", "1e-5")
+    expected = losses(program(*flags)[1])
+    model, output = program(*flags, precision="bf16")
+    assert model.netG.downs[1].conv.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(losses(output), expected, rtol=0.05, atol=0)
+    assert not torch.allclose(losses(output), expected, rtol=1e-5, atol=0)
+
+    key = "model.model.1.model.1.weight"
+    files = saved(tmp_path / "experiment_name")
+    assert files["G"][key].dtype == torch.float32
+    assert not torch.equal(files["G"][key], files["G"][key].bfloat16())  # the masters have more digits
+    model.optimize_parameters()
+    model.load_networks("latest")
+    model.save_networks("latest")
+    for name, tensors in saved(tmp_path / "experiment_name").items():
+        for part, value in tensors.items():
+            assert part.endswith("num_batches_tracked") or torch.equal(value, files[name][part]), part
+
+    model.test()
+    images = model.get_current_visuals()
+    assert {image.dtype for image in images.values()} == {torch.float32}
+    assert images["fake_B"].abs().max() > 0
 
 
 @pytest.mark.parametrize("form", ("2020", "2025"))

@@ -7,6 +7,7 @@ its ``Pix2PixModel``. ``install()`` does the same from inside a program. Both of
 2020 (``--gpu_ids``, DataParallel) and that of 2025 (torchrun, networks initialised in ``setup``).
 """
 
+import argparse
 import copy
 import importlib
 import os
@@ -17,14 +18,18 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastpix2pix.config import TrainConfig
+from fastpix2pix.config import GENERATOR_DEPTHS, TrainConfig
 from fastpix2pix.errors import UserError
+from fastpix2pix.graph import CapturedStep
 from fastpix2pix.models import Block, Epilogue, PatchDiscriminator, UNetGenerator
+from fastpix2pix.optim import MasterAdam
+from fastpix2pix.precision import WORKING_TYPES
+from fastpix2pix.selfcheck import trusted
 from fastpix2pix.step import TrainStep
 
 # ---------------------------------------------------------------------------------------------- weights
@@ -190,15 +195,39 @@ def load_weights(module: nn.Module, source: str | Path | Mapping[str, Tensor]) -
                 entry.value.copy_(state[entry.key])
 
 
-def export_weights(module: nn.Module) -> OrderedDict[str, Tensor]:
+def read_generator(path: str | Path) -> UNetGenerator:
+    """The U-Net that a ``*_net_G.pth`` belongs to, with its weights; on the CPU, their default dropout.
+
+    Raises UserError when the file is not the checkpoint of a U-Net.
+    """
+    state = {_unwrapped(key): value for key, value in _read(Path(path)).items()}
+    first, last = (state.get(f"model.model.{at}.weight") for at in (OUTERMOST.down, OUTERMOST.up))
+    if first is None or last is None or first.ndim != 4 or last.ndim != 4:
+        raise UserError(f"{path} holds {_described(state.keys())}; give the weights of a U-Net generator")
+    generator = UNetGenerator(
+        "junyanz",
+        in_channels=first.shape[1],
+        out_channels=last.shape[1],
+        ngf=first.shape[0],
+        num_downs=max(key.count("model.") for key in state) - 1,
+        # Files of PyTorch before 0.4.1 hold statistics of instance norms too, but only batch norm learns.
+        norm="batch" if "model.model.1.model.2.weight" in state else "instance",
+    )
+    load_weights(generator, state)
+    return generator
+
+
+def export_weights(module: nn.Module, optimizer: MasterAdam | None = None) -> OrderedDict[str, Tensor]:
     """The state_dict that pytorch-CycleGAN-and-pix2pix would save: the inverse of ``load_weights``.
 
-    A copy on the CPU, in float32 (float64 if the module is), in the order and layout of its own files.
-    ``num_batches_tracked`` is what was loaded: no forward pass of ours counts batches, or needs to.
+    A copy on the CPU, in float32 (float64 if the module is), in the order and layout of its own files; where
+    the module's weights have 16 bits, those of its ``optimizer``'s masters. ``num_batches_tracked`` is what
+    was loaded: no forward pass of ours counts batches, or needs to.
     """
+    masters = {} if optimizer is None else dict(zip(optimizer.parameters(), optimizer.masters(), strict=True))
     state = OrderedDict()
     for entry in _entries(module):
-        value = entry.value.detach()
+        value = masters.get(entry.value, entry.value).detach()
         dtype = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
         state[entry.key] = value.to("cpu", dtype, copy=True).contiguous()
     return state
@@ -265,6 +294,9 @@ class AcceleratedPix2Pix:
     """Goes before their ``Pix2PixModel`` in the order of inheritance; ``setup`` is where ours takes over."""
 
     taken_over = False
+    precision: str | None = None
+    """bf16 or fp16 for training; None is float32, in whose tf32 torch's own flags have the say."""
+    working_type: torch.dtype | None = None
 
     def setup(self, opt: Any) -> None:
         """Theirs, which initialises or loads the networks; then ours take over their weights."""
@@ -284,8 +316,8 @@ class AcceleratedPix2Pix:
             return "running on several GPUs"
         for name in PUBLISHED_UPDATE if self.isTrain else ("forward",):
             method = getattr(type(self), name)
-            if method is AcceleratedPix2Pix.optimize_parameters:
-                method = super().optimize_parameters.__func__
+            if method is getattr(AcceleratedPix2Pix, name, None):
+                method = getattr(super(), name).__func__
             if _mentions(method) != PUBLISHED_UPDATE[name]:
                 return f"the {name} of this {type(self).__name__}, which is not the published one,"
         if self.model_names != (["G", "D"] if self.isTrain else ["G"]):
@@ -296,19 +328,24 @@ class AcceleratedPix2Pix:
 
     def _take_over(self, opt: Any) -> str | None:
         """Put our networks, step and optimizers in the place of theirs; or say what keeps them."""
-        depth = {"unet_128": 7, "unet_256": 8}[opt.netG]
-        dropout = 0.0 if opt.no_dropout else 0.5
-        seed = torch.initial_seed() & (2**63 - 1)
+        depth = GENERATOR_DEPTHS[opt.netG]
+        n_layers = opt.n_layers_D if self.isTrain and opt.netD == "n_layers" else 3
+        size = max(2**depth, 2 ** (n_layers + 2))  # pixels that both networks can work on
         ours = {}
         with torch.random.fork_rng(devices=[]):  # their random numbers go on as if we had drawn none
             ours["G"] = UNetGenerator(
-                "junyanz", opt.input_nc, opt.output_nc, opt.ngf, depth, opt.norm, dropout, seed
+                "junyanz",
+                opt.input_nc,
+                opt.output_nc,
+                opt.ngf,
+                depth,
+                opt.norm,
+                dropout=0.0 if opt.no_dropout else 0.5,
+                seed=torch.initial_seed() & (2**63 - 1),
             )
             if self.isTrain:
-                n_layers = opt.n_layers_D if opt.netD == "n_layers" else 3
-                ours["D"] = PatchDiscriminator(
-                    "junyanz", opt.input_nc + opt.output_nc, opt.ndf, n_layers, opt.norm
-                )
+                channels = opt.input_nc + opt.output_nc
+                ours["D"] = PatchDiscriminator("junyanz", channels, opt.ndf, n_layers, opt.norm)
         for name, network in ours.items():
             network.to(self.device)
             theirs = _unwrap(getattr(self, f"net{name}"))
@@ -316,56 +353,97 @@ class AcceleratedPix2Pix:
                 load_weights(network, theirs.state_dict())
             except UserError:
                 return f"net{name}, which is not the published one,"
-            if _differ(theirs, network, 2**depth):
+            if _differ(theirs, network, size):
                 return f"net{name}, whose results are not those of the published one,"
 
         for name, network in ours.items():
             parallel = isinstance(getattr(self, f"net{name}"), nn.DataParallel)
             setattr(self, f"net{name}", nn.DataParallel(network, self.gpu_ids) if parallel else network)
         if self.isTrain:
-            settings = {name: getattr(opt, name) for name in ("lr", "beta1", "gan_mode", "lambda_L1")}
-            step = TrainStep(ours["G"], ours["D"], TrainConfig(preset="junyanz", **settings))
-            self.train_step, self.uncounted_steps = step, 0
-            self.optimizer_G, self.optimizer_D = step.gen_optimizer, step.disc_optimizer
-            self.optimizers = [self.optimizer_G, self.optimizer_D]
-            networks = importlib.import_module("models.networks")
-            self.schedulers = [networks.get_scheduler(optimizer, opt) for optimizer in self.optimizers]
+            self._start_training(opt, n_layers, size)
         self.taken_over = True
         print(f"fastpix2pix: net{' and net'.join(ours)} run accelerated on {self.device}")
         return None
 
+    def _start_training(self, opt: Any, n_layers: int, size: int) -> None:
+        """Make our step, and put its optimizers where their schedulers find them."""
+        on_gpu = self.device.type == "cuda"
+        tf32 = on_gpu and torch.backends.cudnn.allow_tf32
+        config = TrainConfig(
+            preset="junyanz",
+            netG=opt.netG,
+            ngf=opt.ngf,
+            ndf=opt.ndf,
+            n_layers_D=n_layers,
+            norm=opt.norm,
+            no_dropout=opt.no_dropout,
+            batch_size=opt.batch_size,
+            load_size=size,
+            crop_size=size,
+            gan_mode=opt.gan_mode,
+            lambda_L1=opt.lambda_L1,
+            lr=opt.lr,
+            beta1=opt.beta1,
+            precision=self.precision or ("tf32" if tf32 else "fp32"),
+        )
+        if on_gpu:
+            with torch.random.fork_rng():
+                config = trusted(config, self.device)
+        self.train_step = TrainStep(_unwrap(self.netG), _unwrap(self.netD), config)
+        captured = on_gpu and not config.no_graph
+        self.run_step = CapturedStep(self.train_step) if captured else self.train_step
+        self.working_type = None if self.precision is None else WORKING_TYPES[self.precision]
+        self.uncounted_steps = 0
+        self.optimizer_G, self.optimizer_D = self.train_step.gen_optimizer, self.train_step.disc_optimizer
+        self.optimizers = [self.optimizer_G, self.optimizer_D]
+        networks = importlib.import_module("models.networks")
+        self.schedulers = [networks.get_scheduler(optimizer, opt) for optimizer in self.optimizers]
+
+    def forward(self) -> None:
+        if self.working_type is None:
+            return super().forward()
+        self.fake_B = self.netG(self.real_A.to(self.working_type)).to(self.real_A.dtype)
+
     def optimize_parameters(self) -> None:
         if not self.taken_over:
             return super().optimize_parameters()
-        losses = self.train_step(self.real_A, self.real_B)
+        losses = self.run_step(*(x.to(self.working_type or x.dtype) for x in (self.real_A, self.real_B)))
         self.uncounted_steps += 1
-        self.fake_B = self.train_step.fake
+        # A copy, as a captured step draws the next image in the same place.
+        self.fake_B = self.train_step.fake.to(self.real_B.dtype, copy=True)
         self.loss_D_real, self.loss_D_fake = losses.disc_real_loss, losses.disc_fake_loss
         self.loss_D, self.loss_G = losses.disc_loss, losses.gen_total_loss
         self.loss_G_GAN = losses.gen_gan_loss
         self.loss_G_L1 = losses.gen_l1_loss * self.opt.lambda_L1
 
+    def _networks(self) -> Iterator[tuple[str, nn.Module, MasterAdam | None]]:
+        """(name, network, its optimizer when training)."""
+        for name in self.model_names:
+            network = _unwrap(getattr(self, f"net{name}"))
+            yield name, network, getattr(self, f"optimizer_{name}") if self.isTrain else None
+
     def save_networks(self, epoch: int | str) -> None:
         """Write ``<epoch>_net_G.pth`` and ``<epoch>_net_D.pth``, in their form."""
         if not self.taken_over:
             return super().save_networks(epoch)
-        if self.isTrain:  # in a step of theirs G sees one batch, and D three: fake, real, and fake again
-            _count_batches(_unwrap(self.netG), self.uncounted_steps)
-            _count_batches(_unwrap(self.netD), 3 * self.uncounted_steps)
-            self.uncounted_steps = 0
-        for name in self.model_names:
-            state = export_weights(_unwrap(getattr(self, f"net{name}")))
+        for name, network, optimizer in self._networks():
+            if self.isTrain:  # in a step of theirs G sees one batch, and D three: fake, real, and fake again
+                _count_batches(network, self.uncounted_steps * (1 if name == "G" else 3))
+            state = export_weights(network, optimizer)
             torch.save(state, os.path.join(self.save_dir, f"{epoch}_net_{name}.pth"))
+        self.uncounted_steps = 0
 
     def load_networks(self, epoch: int | str) -> None:
         if not self.taken_over:
             return super().load_networks(epoch)
-        for name in self.model_names:
+        for name, network, optimizer in self._networks():
             path = os.path.join(self.save_dir, f"{epoch}_net_{name}.pth")
             print(f"loading the model from {path}")
-            load_weights(_unwrap(getattr(self, f"net{name}")), path)
-        for optimizer in self.optimizers:
-            optimizer.adopt_parameters()
+            load_weights(network, path)
+            if optimizer is not None and self.working_type is not None:
+                full = copy.deepcopy(network).float()
+                load_weights(full, path)
+                optimizer.set_masters(full.parameters())
 
 
 def _count_batches(network: nn.Module, batches: int) -> None:
@@ -374,13 +452,16 @@ def _count_batches(network: nn.Module, batches: int) -> None:
             layer.num_batches_tracked = getattr(layer, "num_batches_tracked", 0) + batches
 
 
-def install() -> None:
+def install(precision: Literal["bf16", "fp16"] | None = None) -> None:
     """Let ``--model pix2pix`` of the pytorch-CycleGAN-and-pix2pix on ``sys.path`` run on our backend.
 
     Call it before that program creates its model. Flags, files, printed lines and the interface of the model
     stay as they were; dropout draws from our own stream, seeded by torch's. What our backend doesn't cover
     (``--netG resnet_9blocks``, ``--gan_mode wgangp``, several GPUs, a changed update rule, ...) runs as
-    before, after one line that says so. Raises UserError where no such program is found.
+    before, after one line that says so.
+
+    precision: the type in which training computes, on float32 masters; by default float32, as there. Files
+    are in float32 always. Raises UserError where no such program is found.
     """
     try:
         module = importlib.import_module("models.pix2pix_model")
@@ -391,21 +472,30 @@ def install() -> None:
             "models/pix2pix_model.py is not on sys.path; run this inside a checkout of "
             "pytorch-CycleGAN-and-pix2pix"
         ) from error
-    if not issubclass(module.Pix2PixModel, AcceleratedPix2Pix):
-        module.Pix2PixModel = type("Pix2PixModel", (AcceleratedPix2Pix, module.Pix2PixModel), {})
+    theirs = module.Pix2PixModel
+    if not issubclass(theirs, AcceleratedPix2Pix):
+        module.Pix2PixModel = type(theirs.__name__, (AcceleratedPix2Pix, theirs), {"precision": precision})
 
 
 def main(argv: list[str]) -> None:
-    """``install()``, then run the script ``argv[0]`` with the flags after it, as ``python`` would."""
-    if not argv or not os.path.isfile(argv[0]):
+    """``install()``, then run a script with the flags after it, as ``python`` would."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastpix2pix.interop.junyanz",
+        description="Run train.py or test.py of pytorch-CycleGAN-and-pix2pix on fastpix2pix.",
+    )
+    parser.add_argument("--precision", choices=("bf16", "fp16"), help="train in 16 bits (default: float32)")
+    parser.add_argument("script", help="train.py or test.py")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="its own flags")
+    arguments = parser.parse_args(argv)
+    if not os.path.isfile(arguments.script):
         raise UserError(
-            f"{argv[0] if argv else 'no script'} is not a file; give train.py or test.py of a "
-            "pytorch-CycleGAN-and-pix2pix checkout, then its flags"
+            f"{arguments.script} is not a file; give train.py or test.py of a checkout of "
+            "pytorch-CycleGAN-and-pix2pix, then its flags"
         )
-    sys.argv = argv
-    sys.path.insert(0, os.path.dirname(os.path.abspath(argv[0])))
-    install()
-    runpy.run_path(argv[0], run_name="__main__")
+    sys.argv = [arguments.script, *arguments.flags]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(arguments.script)))
+    install(arguments.precision)
+    runpy.run_path(arguments.script, run_name="__main__")
 
 
 if __name__ == "__main__":

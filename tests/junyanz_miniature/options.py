@@ -25,6 +25,7 @@ def parse(train, argv=None):
         "init_gain": 0.02,
         "direction": "AtoB",
         "epoch": "latest",
+        "batch_size": 1,
         "crop_size": 256,
         "n_epochs": 1,
         "n_epochs_decay": 1,

@@ -9,7 +9,7 @@ from options import parse
 if __name__ == "__main__":
     opt = parse(train=True)
     os.makedirs(os.path.join(opt.checkpoints_dir, opt.name), exist_ok=True)
-    torch.manual_seed(0)
+    torch.manual_seed(1234)
     model = create_model(opt)
     model.setup(opt)
     for _ in range(opt.epoch_count, opt.n_epochs + opt.n_epochs_decay + 1):
