@@ -1,0 +1,197 @@
+"""kernels/conv.py against PyTorch's convolutions: equal in float64, about as accurate in float32."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastpix2pix.kernels import conv
+from fastpix2pix.kernels.conv import Tiling, conv2d, conv2d_backward, conv2d_forward, conv_transpose2d
+
+TILINGS = [Tiling(stride, outputs) for stride in (1, 2) for outputs in conv.OUTPUTS[stride]]
+
+# Small images of one pixel, of less than a tile, of no whole number of tiles, of several, and oblong ones.
+SIZES = [(1, 1), (2, 2), (5, 7), (8, 12)]
+
+
+def random(*shape, dtype=torch.float64, requires_grad=False):
+    x = torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return x.requires_grad_(requires_grad)
+
+
+def gradients(y, dy, *inputs):
+    return torch.autograd.grad(y, inputs, dy)
+
+
+def assert_equal(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    """Makes every convolution use the given tiling."""
+    return lambda tiling: monkeypatch.setattr(conv, "choose_tiling", lambda *_: tiling)
+
+
+@pytest.mark.parametrize("height, width", SIZES)
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+def test_conv2d(tiling, height, width, forced):
+    forced(tiling)
+    torch.manual_seed(0)
+    h, w = (tiling.stride * (side - 1) + 2 for side in (height, width))
+    for odd in {0, tiling.stride - 1}:  # with a stride of 2 the last row may go unread
+        x = random(2, 3, h + odd, w + odd, requires_grad=True)
+        weight, bias = random(5, 3, 4, 4, requires_grad=True), torch.randn(5).double().requires_grad_()
+        expected = F.conv2d(x, weight, bias, tiling.stride, 1)
+        y = conv2d(x, weight, bias, stride=tiling.stride)
+        assert y.shape == (2, 5, height, width)
+        assert_equal(y, expected)
+        dy = random(*y.shape)
+        for actual, right in zip(
+            gradients(y, dy, x, weight, bias), gradients(expected, dy, x, weight, bias), strict=True
+        ):
+            assert_equal(actual, right)
+
+
+@pytest.mark.parametrize("height, width", SIZES)
+@pytest.mark.parametrize("tiling", TILINGS[3:], ids=str)
+def test_conv_transpose2d(tiling, height, width, forced):
+    forced(tiling)
+    torch.manual_seed(0)
+    x, weight = random(2, 5, height, width, requires_grad=True), random(5, 3, 4, 4, requires_grad=True)
+    bias = torch.randn(3).double().requires_grad_()
+    expected = F.conv_transpose2d(x, weight, bias, 2, 1)
+    y = conv_transpose2d(x, weight, bias)
+    assert_equal(y, expected)
+    dy = random(*y.shape)
+    for actual, right in zip(
+        gradients(y, dy, x, weight, bias), gradients(expected, dy, x, weight, bias), strict=True
+    ):
+        assert_equal(actual, right)
+
+
+@pytest.mark.parametrize("tiling", [Tiling(1, 3), Tiling(2, 1), Tiling(2, 4)], ids=str)
+def test_gradcheck(tiling, forced):
+    forced(tiling)
+    torch.manual_seed(0)
+    x, weight = random(1, 2, 6, 4, requires_grad=True), random(2, 2, 4, 4, requires_grad=True)
+    torch.autograd.gradcheck(lambda *inputs: conv2d(*inputs, stride=tiling.stride), (x, weight))
+    if tiling.stride == 2:
+        torch.autograd.gradcheck(conv_transpose2d, (x, weight))
+
+
+@pytest.mark.parametrize("tiling", [Tiling(1, 3), Tiling(2, 1), Tiling(2, 4)], ids=str)
+def test_backward_of_some_rows(tiling, forced):
+    forced(tiling)
+    torch.manual_seed(0)
+    x, weight = random(4, 3, 10, 10, requires_grad=True), random(5, 3, 4, 4)
+    y, kept = conv2d_forward(x.detach(), weight, None, tiling.stride)
+    dy, rows = random(*y[1:3].shape), slice(1, 3)
+    dx, dweight, dbias = conv2d_backward(dy, kept, needs_weight=False, rows=rows)
+    (expected,) = gradients(F.conv2d(x, weight, None, tiling.stride, 1)[rows], dy, x)
+    assert_equal(dx, expected[rows])
+    assert dweight is None and dbias is None
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_any_memory_format(stride):
+    """Channel slices of a larger image, plainly contiguous weights: slower, not wrong."""
+    torch.manual_seed(0)
+    joined, weight = random(1, 9, 8, 8), torch.randn(4, 5, 4, 4).double()
+    x = joined[:, 2:7]
+    assert_equal(conv2d(x, weight, stride=stride), F.conv2d(x, weight, None, stride, 1))
+    if stride == 2:
+        weight = torch.randn(5, 4, 4, 4).double()
+        assert_equal(conv_transpose2d(x, weight), F.conv_transpose2d(x, weight, None, 2, 1))
+
+
+# Of the full networks at 256x256: (stride, batch, small channels, big channels, side of the small image).
+LAYERS = {
+    "down2": (2, 1, 128, 64, 64),
+    "down4": (2, 1, 512, 256, 16),
+    "down6": (2, 1, 512, 512, 4),
+    "up6": (2, 1, 512, 128, 32),
+    "first of the discriminator": (2, 2, 64, 6, 128),
+    "stride 1 of the discriminator": (1, 2, 512, 256, 31),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_float32_is_about_as_accurate_as_the_library(layer):
+    """Distance from float64, relative to the result, of all three products."""
+    stride, n, small_channels, big_channels, side = LAYERS[layer]
+    torch.manual_seed(0)
+    big_side = stride * (side - 1) + 2
+    x = random(n, big_channels, big_side, big_side, dtype=torch.float32, requires_grad=True)
+    weight = random(small_channels, big_channels, 4, 4, dtype=torch.float32, requires_grad=True)
+    dy = random(n, small_channels, side, side, dtype=torch.float32)
+
+    def results(convolve, *inputs):
+        x, weight, dy = (tensor.detach().requires_grad_() for tensor in inputs)
+        y = convolve(x, weight)
+        return y, *gradients(y, dy, x, weight)
+
+    def library(x, weight):
+        return F.conv2d(x, weight, None, stride, 1)
+
+    truth = results(library, x.double(), weight.double(), dy.double())
+    ours = results(lambda x, weight: conv2d(x, weight, stride=stride), x, weight, dy)
+    theirs = results(library, x, weight, dy)
+    for exact, our, their in zip(truth, ours, theirs, strict=True):
+        error, allowed = ((value.double() - exact).norm() / exact.norm() for value in (our, their))
+        assert error < max(2 * allowed, 1e-6)
+
+
+def test_tilings_of_the_full_networks():
+    """The estimate finds what was measured to be fastest (AVX2, one core)."""
+    outputs = []
+    for stride, n, small_channels, big_channels, side in LAYERS.values():
+        tiling = conv.choose_tiling(stride, n, side, side, small_channels, big_channels)
+        outputs.append(tiling.outputs)
+    assert outputs == [4, 2, 1, 4, 1, 3]
+
+
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_gradient_has_the_layout_of_the_weight(outputs, forced):
+    """So that it becomes ``weight.grad`` without a copy."""
+    forced(Tiling(2, outputs))
+    weight = random(4, 3, 4, 4, requires_grad=True)
+    y = conv2d(random(1, 3, 8, 8), weight, stride=2)
+    (gradient,) = gradients(y, torch.ones_like(y), weight)
+    assert gradient.stride() == weight.stride()
+
+
+@pytest.mark.parametrize(
+    "x, weight",
+    [
+        (random(2, 3, 8, 8, dtype=torch.bfloat16), random(4, 3, 4, 4, dtype=torch.bfloat16)),
+        (random(2, 3, 8, 8), random(4, 3, 3, 3)),
+        (random(2, 3, 8, 8), random(1, 3, 4, 4)),
+    ],
+    ids=["bfloat16", "3x3", "one channel"],
+)
+def test_the_rest_is_the_library(x, weight):
+    assert not conv.uses_tiles(x, weight, 2)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    expected = F.conv2d(x, weight, None, 2, 1)
+    y, kept = conv2d_forward(x.detach(), weight.detach(), None, 2)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    dy = torch.randn_like(y)
+    actual = conv2d_backward(dy, kept)[:2]
+    right = gradients(expected, dy, x, weight)
+    torch.testing.assert_close(actual, right, rtol=0, atol=0)
+    dx, _, _ = conv2d_backward(dy[1:], kept, needs_weight=False, rows=slice(1, None))
+    torch.testing.assert_close(dx, right[0][1:])
+
+
+def test_an_exported_graph_says_convolution():
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, 4, 4, 4))
+
+        def forward(self, x):
+            return conv_transpose2d(conv2d(x, self.weight, stride=2), self.weight)
+
+    graph = torch.export.export(Network(), (torch.randn(1, 4, 8, 8),)).graph
+    calls = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert calls == ["aten.conv2d.default", "aten.conv_transpose2d.input"]
