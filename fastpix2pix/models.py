@@ -5,13 +5,15 @@ pytorch-CycleGAN-and-pix2pix ("junyanz"). They are different networks; ``DIALECT
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.errors import UserError
+from fastpix2pix.kernels.conv import Kept, conv2d, conv2d_backward, conv2d_forward, conv_transpose2d
 from fastpix2pix.kernels.norm_act import norm_act, norm_act_backward, norm_act_forward
 from fastpix2pix.kernels.reference import NormActConfig, compute_dtype
 
@@ -153,7 +155,14 @@ class Block(nn.Module):
         self.epilogue = epilogue
 
     def forward(self, x: Tensor, *memory: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-        return self.epilogue(self.conv(x), *memory)
+        return self.epilogue(self.convolve(x), *memory)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The convolution alone."""
+        conv = self.conv
+        if isinstance(conv, nn.ConvTranspose2d):
+            return conv_transpose2d(x, conv.weight, conv.bias)
+        return conv2d(x, conv.weight, conv.bias, stride=conv.stride[0])
 
 
 def set_working_type(network: nn.Module, dtype: torch.dtype) -> None:
@@ -276,7 +285,7 @@ class UNetGenerator(nn.Module):
         x = source.contiguous(memory_format=torch.channels_last)
         skips = []
         for down in self.downs[:-1]:
-            pre = down.conv(x)
+            pre = down.convolve(x)
             n, c, h, w = pre.shape
             joined = torch.empty(
                 (n, 2 * c, h, w), dtype=pre.dtype, device=pre.device, memory_format=torch.channels_last
@@ -289,7 +298,7 @@ class UNetGenerator(nn.Module):
         for up, (joined, skip, up_out) in zip(self.ups, reversed(skips), strict=True):
             y = up(x, rng, up_out)
             x = _Join.apply(*((skip, y) if self.skip_first else (y, skip)), (joined,))
-        return F.conv_transpose2d(x, self.last.weight, stride=2, padding=1)
+        return conv_transpose2d(x, self.last.weight)
 
     def forward(self, source: Tensor) -> Tensor:
         """Translate ``source`` (N, in_channels, H, W); raises UserError for a size that does not fit."""
@@ -345,8 +354,8 @@ class PatchDiscriminator(nn.Module):
         _initialise(self)
         self.to(memory_format=torch.channels_last)
 
-    def _logits(self, x: Tensor) -> Tensor:
-        logits = F.conv2d(x, self.last.weight, stride=1, padding=1)
+    def with_bias(self, logits: Tensor) -> Tensor:
+        """What the last convolution makes without its bias, as logits."""
         dtype = compute_dtype(logits.dtype)
         return logits.to(dtype) + self.last.bias.to(dtype)
 
@@ -355,7 +364,7 @@ class PatchDiscriminator(nn.Module):
         x = pair.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             x = block(x)
-        return self._logits(x)
+        return self.with_bias(conv2d(x, self.last.weight, stride=1))
 
     def judge(
         self, pairs: Tensor, fake: Tensor, fake_rows: slice, *, parts: int = 2, train: bool = True
@@ -373,29 +382,15 @@ class PatchDiscriminator(nn.Module):
         return _Judge.apply(self, pairs, fake, fake_rows, parts, *parameters)
 
 
-def _conv_backward(
-    gradient: Tensor,
-    x: Tensor,
-    conv: nn.Conv2d,
-    *,
-    needs_x: bool,
-    needs_weight: bool,
-    needs_bias: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of a convolution's input, weight and bias; None where one is not needed."""
-    return torch.ops.aten.convolution_backward(
-        gradient,
-        x,
-        conv.weight,
-        [conv.out_channels],
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        False,
-        [0, 0],
-        1,
-        [needs_x, needs_weight, needs_bias],
-    )
+class _JudgedLayer(NamedTuple):
+    """What the way back needs of one block of the discriminator."""
+
+    block: Block
+    config: NormActConfig
+    kept: Kept
+    pre: Tensor
+    mean: Tensor | None
+    rstd: Tensor | None
 
 
 class _Judge(torch.autograd.Function):
@@ -403,68 +398,65 @@ class _Judge(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, discriminator, pairs, fake, fake_rows, parts, *parameters):
-        saved, configs, x = [], [], pairs
+        layers, x = [], pairs
         for block in discriminator.blocks:
-            epilogue = block.epilogue
+            conv, epilogue = block.conv, block.epilogue
             config = epilogue.configured(pairs.shape[0], parts)
-            pre = block.conv(x)
-            y, _, mean, rstd = norm_act_forward(
+            pre, kept = conv2d_forward(x, conv.weight, conv.bias, conv.stride[0])
+            x, _, mean, rstd = norm_act_forward(
                 pre, epilogue.weight, epilogue.bias, epilogue.running_mean, epilogue.running_var, None, config
             )
-            saved += [x, pre, mean, rstd]
-            configs.append(config)
-            x = y
-        ctx.save_for_backward(*saved, x)
-        ctx.discriminator, ctx.configs, ctx.fake_rows = discriminator, configs, fake_rows
-        ctx.fake_channels = fake.shape[1]
+            layers.append(_JudgedLayer(block, config, kept, pre, mean, rstd))
+        logits, ctx.last = conv2d_forward(x, discriminator.last.weight, None, 1)
+        ctx.discriminator, ctx.layers = discriminator, layers
+        ctx.fake_rows, ctx.fake_channels = fake_rows, fake.shape[1]
+        ctx.type = logits.dtype
         ctx.set_materialize_grads(False)
-        logits = discriminator._logits(x)
+        logits = discriminator.with_bias(logits)
         return logits, logits[fake_rows].clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dlogits, dfake_logits):
-        *layers, features = ctx.saved_tensors
-        layers = [layers[i : i + 4] for i in range(0, len(layers), 4)]
-        by_weights = [] if dlogits is None else _Judge._weight_gradients(ctx, layers, features, dlogits)
+        by_weights = [] if dlogits is None else _Judge._weight_gradients(ctx, dlogits)
         dfake = None
         if dfake_logits is not None and ctx.needs_input_grad[2]:
-            dfake = _Judge._image_gradient(ctx, layers, features, dfake_logits)
+            dfake = _Judge._image_gradient(ctx, dfake_logits)
         absent = [None] * (len(ctx.needs_input_grad) - 5 - len(by_weights))
         return None, None, dfake, None, None, *by_weights, *absent
 
     @staticmethod
-    def _weight_gradients(ctx, layers, features, dlogits):
+    def _weight_gradients(ctx, dlogits):
         """In the order of ``discriminator.parameters()``."""
-        discriminator = ctx.discriminator
-        gradients = {discriminator.last.bias: dlogits.sum((0, 2, 3)).to(discriminator.last.bias.dtype)}
-        dy, gradients[discriminator.last.weight], _ = _conv_backward(
-            dlogits.to(features.dtype), features, discriminator.last, needs_x=True, needs_weight=True
-        )
-        for i in reversed(range(len(layers))):
-            (x, pre, mean, rstd), block = layers[i], discriminator.blocks[i]
-            epilogue = block.epilogue
+        last = ctx.discriminator.last
+        gradients = {last.bias: dlogits.sum((0, 2, 3)).to(last.bias.dtype)}
+        dy, gradients[last.weight], _ = conv2d_backward(dlogits.to(ctx.type), ctx.last)
+        for layer in reversed(ctx.layers):
+            conv, epilogue = layer.block.conv, layer.block.epilogue
             dpre, gradients[epilogue.weight], gradients[epilogue.bias] = norm_act_backward(
-                dy, None, pre, epilogue.weight, epilogue.bias, mean, rstd, None, ctx.configs[i]
+                dy,
+                None,
+                layer.pre,
+                epilogue.weight,
+                epilogue.bias,
+                layer.mean,
+                layer.rstd,
+                None,
+                layer.config,
             )
-            dy, gradients[block.conv.weight], gradients[block.conv.bias] = _conv_backward(
-                dpre, x, block.conv, needs_x=i > 0, needs_weight=True, needs_bias=block.conv.bias is not None
+            dy, gradients[conv.weight], gradients[conv.bias] = conv2d_backward(
+                dpre, layer.kept, needs_x=layer is not ctx.layers[0], needs_bias=conv.bias is not None
             )
-        return [gradients[parameter] for parameter in discriminator.parameters()]
+        return [gradients[parameter] for parameter in ctx.discriminator.parameters()]
 
     @staticmethod
-    def _image_gradient(ctx, layers, features, dfake_logits):
+    def _image_gradient(ctx, dfake_logits):
         """Gradient of the fake image: the fake rows alone, backwards through their own statistics."""
-        discriminator, rows = ctx.discriminator, ctx.fake_rows
-        dy, _, _ = _conv_backward(
-            dfake_logits.to(features.dtype),
-            features[rows],
-            discriminator.last,
-            needs_x=True,
-            needs_weight=False,
-        )
-        for i in reversed(range(len(layers))):
-            (x, pre, mean, rstd), block = layers[i], discriminator.blocks[i]
-            epilogue, config = block.epilogue, ctx.configs[i]
+        rows = ctx.fake_rows
+        dy, _, _ = conv2d_backward(dfake_logits.to(ctx.type), ctx.last, needs_weight=False, rows=rows)
+        for layer in reversed(ctx.layers):
+            epilogue, config, pre = layer.block.epilogue, layer.config, layer.pre
+            mean, rstd = layer.mean, layer.rstd
             if mean is not None:
                 per_group = pre.shape[0] // config.groups
                 groups = slice(*(bound // per_group for bound in rows.indices(pre.shape[0])[:2]))
@@ -473,7 +465,7 @@ class _Judge(torch.autograd.Function):
             dpre, _, _ = norm_act_backward(
                 dy, None, pre[rows], epilogue.weight, epilogue.bias, mean, rstd, None, config, False
             )
-            dy, _, _ = _conv_backward(dpre, x[rows], block.conv, needs_x=True, needs_weight=False)
+            dy, _, _ = conv2d_backward(dpre, layer.kept, needs_weight=False, rows=rows)
         return dy[:, -ctx.fake_channels :]
 
 
