@@ -13,11 +13,17 @@ from torch.utils._pytree import tree_leaves
 from fastpix2pix import graph, step
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.graph import CapturedStep
+from fastpix2pix.kernels import conv
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
 from fastpix2pix.step import TrainStep
 
 FOREIGN = torch.ones(1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(autouse=True)
+def convolve_as_a_gpu_does(monkeypatch):
+    monkeypatch.setattr(conv, "uses_tiles", lambda *args: False)
 
 
 def small_step(preset="tutorial", precision="fp32", *, ngf=8, num_downs=6, seed=1, **options) -> TrainStep:
