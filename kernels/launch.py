@@ -160,26 +160,26 @@ SECTOR_BYTES = 32
 class Regime:
     """How the programs of a kernel are cut out of an image.
 
-    sectors: of each pixel, at least. values: of a tile, held by each thread. most_warps: of one program.
+    sectors: of each pixel, at least. vectors: of a tile, held by each thread. most_warps: of one program.
     """
 
     sectors: int
-    values: int
+    vectors: int
     most_warps: int
 
 
 # A program that walks over all pixels of its channels. There are few (32 for 512 channels in 16 bit), so each
-# takes the narrowest slice that wastes no bandwidth, and many warps. Forward, a thread has two 16-bit or four
-# fp32 vectors in flight. Backward it reads three images, so half of each will do; what it knows about its
-# channels (eight numbers each) takes 64 registers, more than the 128 in all that 16 warps would leave it.
-WHOLE_FORWARD = Regime(sectors=1, values=16, most_warps=16)
-WHOLE_BACKWARD = Regime(sectors=1, values=8, most_warps=8)
+# takes the narrowest slice that wastes no bandwidth, and many warps. Forward, a thread has two vectors in
+# flight. Backward it reads three images, so one of each will do; what it knows about its channels (eight
+# numbers each) takes 64 registers in 16 bit, too many of the 128 that 16 warps would leave it.
+WHOLE_FORWARD = Regime(sectors=1, vectors=2, most_warps=16)
+WHOLE_BACKWARD = Regime(sectors=1, vectors=1, most_warps=8)
 
-# Programs that share the pixels. With two sectors of each pixel, a warp's load touches 8 lines of
-# the L1, which looks them up as fast as the L2 delivers; with 8 warps, two or more programs fit on a
-# multiprocessor and hide each other's waiting.
-CHUNK_FORWARD = Regime(sectors=2, values=16, most_warps=8)
-CHUNK_BACKWARD = Regime(sectors=2, values=8, most_warps=8)
+# Programs that share the pixels. With two sectors of each pixel, a warp's load touches 8 lines of the L1,
+# which looks them up as fast as the L2 delivers; with 8 warps, two or more programs fit on a multiprocessor
+# and hide each other's waiting.
+CHUNK_FORWARD = Regime(sectors=2, vectors=2, most_warps=8)
+CHUNK_BACKWARD = Regime(sectors=2, vectors=1, most_warps=8)
 
 
 @dataclass(frozen=True)
@@ -204,11 +204,12 @@ def next_power_of_2(n: int) -> int:
 def choose_tile(pixels: int, channels: int, itemsize: int, regime: Regime) -> Tile:
     """As many pixels as the warps can hold; if there are too few, more channels."""
     vector = VECTOR_BYTES // itemsize
+    of_a_warp = WARP * vector * regime.vectors
     all_channels = next_power_of_2(channels)
     block_channels = min(regime.sectors * SECTOR_BYTES // itemsize, all_channels)
-    block_pixels = min(next_power_of_2(pixels), regime.most_warps * WARP * regime.values // block_channels)
+    block_pixels = min(next_power_of_2(pixels), regime.most_warps * of_a_warp // block_channels)
     block_channels = min(max(block_channels, WARP * vector // block_pixels), all_channels)
-    num_warps = block_pixels * block_channels // (WARP * regime.values)
+    num_warps = block_pixels * block_channels // of_a_warp
     return Tile(block_pixels, block_channels, min(max(num_warps, 1), regime.most_warps))
 
 

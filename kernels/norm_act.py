@@ -132,13 +132,15 @@ def _store_row(pointer, row, channel, channels):
 
 
 @triton.jit
-def _combine(count, mean, m2, near):
+def _combine(count, mean, m2):
     """Mean and summed squared deviation per channel from those of the rows (Chan et al., 1979).
 
-    count: (rows,) values behind each row; near: (channels,) numbers close to the means, so that the digits
-    which those share are not summed.
+    count: (rows,) values behind each row. The mean is taken twice, the second time of what the first left
+    over: that sum is small, so a large mean does not cost the digits of the spread.
     """
-    centre = near + tl.sum(count[:, None] * (mean - near[None, :]), 0) / tl.sum(count, 0)
+    total = tl.sum(count, 0)
+    centre = tl.sum(count[:, None] * mean, 0) / total
+    centre += tl.sum(count[:, None] * (mean - centre[None, :]), 0) / total
     deviation = mean - centre[None, :]
     return centre, tl.sum(m2 + count[:, None] * deviation * deviation, 0)
 
@@ -147,24 +149,21 @@ def _combine(count, mean, m2, near):
 def _statistics(x, first, last, channel, channels, DTYPE: tl.constexpr, BLOCK_PIXELS: tl.constexpr):
     """Mean and summed squared deviation per channel of the pixels first .. last - 1.
 
-    Each row of the tile follows its own pixels (Welford, 1962); the rows are combined at the end. All is
-    relative to the first pixel, so that sums are of the size of the spread and not of the mean.
+    Each row of the tile follows its own pixels (Welford, 1962); the rows are combined at the end.
     """
     row = tl.arange(0, BLOCK_PIXELS)
-    origin = _load_row(x.pointer + first.to(tl.int64) * x.stride, channel, channels, DTYPE)
     mean = tl.zeros((BLOCK_PIXELS, channel.shape[0]), DTYPE)
     m2 = tl.zeros((BLOCK_PIXELS, channel.shape[0]), DTYPE)
     for start in range(first, last, BLOCK_PIXELS):
         pixel = start + row
         inside = _inside(pixel, last, channel, channels)
-        value = _load_tile(x, pixel, channel, inside, DTYPE) - origin[None, :]
+        value = _load_tile(x, pixel, channel, inside, DTYPE)
         delta = tl.where(inside, value - mean, 0.0)
         seen = (start - first) // BLOCK_PIXELS + 1
         mean += delta * (1.0 / seen.to(DTYPE))
         m2 += delta * (value - mean)
     count = ((last - first - row + BLOCK_PIXELS - 1) // BLOCK_PIXELS).to(DTYPE)
-    mean, m2 = _combine(count, mean, m2, tl.zeros_like(origin))
-    return origin + mean, m2
+    return _combine(count, mean, m2)
 
 
 @triton.jit
@@ -186,10 +185,9 @@ def _combined_statistics(
     inside = _inside(chunk, chunks, channel, channels)
     means = Image(partials + group * chunks * channels, channels)
     m2s = Image(partials + (groups + group) * chunks * channels, channels)
-    near = _load_row(means.pointer, channel, channels, DTYPE)
     mean = _load_tile(means, chunk, channel, inside, DTYPE)
     m2 = _load_tile(m2s, chunk, channel, inside, DTYPE)
-    return _combine(count, mean, m2, near)
+    return _combine(count, mean, m2)
 
 
 @triton.jit

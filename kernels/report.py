@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
@@ -26,10 +27,10 @@ from typing import Annotated
 import torch
 import tyro
 
-from fastpix2pix.kernels import launch, norm_act
+from fastpix2pix.kernels import adam, gan_loss, launch, norm_act, pixel_loss
 from fastpix2pix.kernels.launch import Launch, cdiv, observed
 
-MODULES = (norm_act,)
+MODULES = (norm_act, gan_loss, pixel_loss, adam)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -189,41 +190,38 @@ def _occupancy(arch: int, num_warps: int, registers: int, shared: int) -> tuple[
     return programs[limit] * num_warps / limits.warps, limit
 
 
-def rows(arch: int, dtypes: Sequence[str]) -> list[Row]:
-    """The report for one architecture."""
+def rows(arch: int, dtypes: Sequence[str], layers: Sequence[str]) -> list[Row]:
+    """The report for one architecture: the layers whose label contains one of ``layers``; all for none."""
     return [
         measure(label, dtype, this, arch)
         for dtype in dtypes
         for module in MODULES
         for label, this in collect(DTYPES[dtype], module.specimens)
+        if not layers or any(layer in label for layer in layers)
     ]
 
 
 # ------------------------------------------------------------------------------------------------- command
 
 
-def table(all_rows: Sequence[Row]) -> str:
+def table(by_arch: Sequence[Sequence[Row]]) -> str:
     """Text with a line for each launch: registers by architecture, of everything else the worst of them."""
-    architectures = sorted({row.arch for row in all_rows})
-    by_launch: dict[tuple[str, str, str, int], list[Row]] = {}
-    for row in all_rows:
-        by_launch.setdefault((row.kernel, row.label, row.dtype, row.programs), []).append(row)
+    architectures = [some[0].arch for some in by_arch]
+    width = max(4 * len(architectures), len("registers")) + 1
     lines = [
         "registers: " + "/".join(f"sm_{arch}" for arch in architectures),
-        f"{'kernel':<26}{'layer':<38}{'type':<6}{'programs':>8}{'warps':>6}  "
-        f"{'registers':<{4 * len(architectures)}}{'stack':>6}{'shared':>7}{'load':>5}{'store':>6}  "
-        f"{'occupancy, limit':<22}{'kB moved':>9}",
+        f"{'kernel':<26}{'layer':<38}{'type':<6}{'programs':>8}{'warps':>6}  {'registers':<{width}}"
+        f"{'stack':>5}{'shared':>7}{'load':>5}{'store':>6}  {'occupancy, limit':<28}{'kB moved':>9}",
     ]
-    for (kernel, label, dtype, programs), group in by_launch.items():
-        group.sort(key=lambda row: row.arch)
-        least = min(group, key=lambda row: row.occupancy)
-        registers = "/".join(str(row.registers) for row in group)
+    for same in zip(*by_arch, strict=True):
+        one, least = same[0], min(same, key=lambda row: row.occupancy)
+        registers = "/".join(str(row.registers) for row in same)
+        limit = f"{least.occupancy:.0%} {least.limit} sm_{least.arch}"
         lines.append(
-            f"{kernel:<26}{label:<38}{dtype:<6}{programs:>8}{least.num_warps:>6}  "
-            f"{registers:<{4 * len(architectures)}}{max(row.stack for row in group):>6}"
-            f"{max(row.shared for row in group):>7}{min(row.load_bits for row in group):>5}"
-            f"{min(row.store_bits for row in group):>6}  "
-            f"{f'{least.occupancy:.0%} {least.limit} sm_{least.arch}':<22}{least.bytes_moved / 1e3:>9.1f}"
+            f"{one.kernel:<26}{one.label:<38}{one.dtype:<6}{one.programs:>8}{one.num_warps:>6}  "
+            f"{registers:<{width}}{max(row.stack for row in same):>5}{max(row.shared for row in same):>7}"
+            f"{min(row.load_bits for row in same):>5}{min(row.store_bits for row in same):>6}  "
+            f"{limit:<28}{one.bytes_moved / 1e3:>9.1f}"
         )
     return "\n".join(lines)
 
@@ -233,6 +231,7 @@ def main(
         MULTIPROCESSORS
     ),
     dtype: Annotated[tuple[str, ...], tyro.conf.arg(help="of bf16, fp16, fp32")] = tuple(DTYPES),
+    layer: Annotated[tuple[str, ...], tyro.conf.arg(help="parts of labels; all layers without")] = (),
     json_file: Annotated[Path | None, tyro.conf.arg(name="json", help="write the rows here as well")] = None,
 ) -> None:
     """Compile every kernel for every layer of both presets at 256x256, and print what became of it."""
@@ -242,10 +241,13 @@ def main(
         sys.exit("error: TRITON_INTERPRET is set, so nothing is compiled; unset it")
     workers = min(len(arch), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        results = [row for some in pool.map(rows, arch, [dtype] * len(arch)) for row in some]
-    print(table(results))
+        by_arch = list(pool.map(rows, arch, repeat(dtype), repeat(layer)))
+    if not by_arch[0]:
+        sys.exit(f"error: no layer is called {' or '.join(layer)}; leave out --layer to see them all")
+    print(table(by_arch))
     if json_file is not None:
-        json_file.write_text(json.dumps([asdict(row) for row in results], indent=1) + "\n", encoding="utf-8")
+        data = [asdict(row) for some in by_arch for row in some]
+        json_file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
