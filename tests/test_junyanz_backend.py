@@ -133,7 +133,9 @@ def test_16_bits_keep_float32_files_and_images(program, tmp_path):
     files = saved(tmp_path / "experiment_name")
     assert files["G"][key].dtype == torch.float32
     assert not torch.equal(files["G"][key], files["G"][key].bfloat16())  # the masters have more digits
+    model.train_step.set_lr(1e-3)  # its schedule has ended at 0
     model.optimize_parameters()
+    assert model.fake_B.dtype == torch.float32
     model.load_networks("latest")
     model.save_networks("latest")
     for name, tensors in saved(tmp_path / "experiment_name").items():
@@ -176,6 +178,7 @@ def test_continued_training(program, tmp_path, float64):
 
 def test_networks_can_be_loaded_during_training(program, tmp_path):
     model, _ = program("--no_dropout")
+    model.train_step.set_lr(1e-3)  # its schedule has ended at 0
     model.optimize_parameters()
     expected = saved(tmp_path / "experiment_name")
     model.load_networks("latest")
