@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastpix2pix.accelerate import BatchNorm2dAct, FusedDropout, InstanceNorm2dAct, accelerate
+from fastpix2pix.acceleration import BatchNorm2dAct, FusedDropout, InstanceNorm2dAct, accelerate
 from fastpix2pix.kernels.reference import dropout_mask
 
 NETWORKS = Path(__file__).parent / "junyanz_miniature" / "models" / "networks.py"
