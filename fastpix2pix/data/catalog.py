@@ -6,6 +6,7 @@ import gzip
 import shutil
 import tarfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import BinaryIO
@@ -253,8 +254,12 @@ def _extract(dataset: Dataset, archive: Path, into: Path) -> None:
     try:
         with gzip.open(archive) as decompressed:
             stream = _BoundedReader(decompressed, dataset.limit)
-            with tarfile.open(fileobj=stream, mode="r|") as members:
-                _extract_pairs(dataset, members, stream, into)
+            total = sum(dataset.pairs.values())
+            with (
+                tarfile.open(fileobj=stream, mode="r|") as members,
+                tqdm(members, desc="unpack", unit=" files", total=total) as bar,
+            ):
+                _extract_pairs(members, bar, stream, into)
             while stream.read(2**20):  # up to the checksum at the end, which tells a truncated archive
                 pass
     except _BROKEN_ARCHIVE as error:
@@ -274,12 +279,14 @@ _BAD_NAME = (errno.EEXIST, errno.ENAMETOOLONG, errno.EILSEQ)  # the archive's fa
 _BROKEN_ARCHIVE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, RecursionError)
 
 
-def _extract_pairs(dataset: Dataset, archive: tarfile.TarFile, stream: _BoundedReader, into: Path) -> None:
+def _extract_pairs(
+    archive: tarfile.TarFile, members: Iterable[tarfile.TarInfo], stream: _BoundedReader, into: Path
+) -> None:
     """Write the files NAME/SPLIT/FILE below ``into``; refuse an archive that holds anything unsafe.
 
     Only names and contents are taken from the archive: no link, owner, permission or time.
     """
-    for member in tqdm(archive, desc="unpack", unit=" files", total=sum(dataset.pairs.values())):
+    for member in members:
         if member.size > stream.left:  # tarfile would go on reading for as long as a header claims
             raise _Unusable(_TOO_MUCH)
         path = PureWindowsPath(member.name)  # knows both separators and drive letters

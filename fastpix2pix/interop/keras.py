@@ -6,14 +6,17 @@ in the last layer). Kernels are (height, width, in, out) for Conv2D and (height,
 Conv2DTranspose; both become PyTorch's layout by the same reversal, without a spatial flip.
 """
 
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastpix2pix.errors import UserError
-from fastpix2pix.models import Block, PatchDiscriminator, UNetGenerator
+from fastpix2pix.models import FEWEST_DOWNS, Block, PatchDiscriminator, UNetGenerator
 
 KERAS_FROM_TORCH = (2, 3, 1, 0)
 TORCH_FROM_KERAS = (3, 2, 0, 1)
@@ -60,6 +63,34 @@ def load_weights(module: nn.Module, arrays: Sequence[np.ndarray]) -> None:
     with torch.no_grad():
         for (_, tensor), value in zip(pairs, values, strict=True):
             tensor.copy_(value)
+
+
+def read_generator(path: str | Path) -> UNetGenerator:
+    """The tutorial's generator with the weights in ``path``, on the CPU.
+
+    path: a file that ``np.savez(path, *generator.get_weights())`` wrote. Depth, width and channels follow
+    from the arrays. Raises UserError when they are not a generator's.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = [file[f"arr_{i}"] for i in range(len(file.files))]
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{path} holds no list of arrays; write it with np.savez(path, *generator.get_weights())"
+        ) from error
+    # kernel alone, 5 arrays for each further encoder block and each decoder block, kernel and bias at the end
+    num_downs, rest = divmod(len(arrays) - 3, 10)
+    if rest or num_downs < FEWEST_DOWNS - 1 or arrays[0].ndim != 4 or arrays[-2].ndim != 4:
+        raise UserError(f"{path} holds {len(arrays)} arrays, which no generator of the tutorial's kind has")
+    generator = UNetGenerator(
+        "tutorial",
+        in_channels=arrays[0].shape[2],
+        out_channels=arrays[-2].shape[2],
+        ngf=arrays[0].shape[3],
+        num_downs=num_downs + 1,
+    )
+    load_weights(generator, arrays)
+    return generator
 
 
 def export_weights(module: nn.Module) -> list[np.ndarray]:

@@ -1,0 +1,266 @@
+"""``python -m fastpix2pix.translate``: a trained run and images -> translated images and a gallery page."""
+
+import csv
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from fastpix2pix import cli
+from fastpix2pix.data.loader import Direction
+from fastpix2pix.data.pairs import EXTENSIONS, FORMATS, UNREADABLE, read_rgb
+from fastpix2pix.errors import UserError
+from fastpix2pix.gallery import Entry, write_gallery
+from fastpix2pix.metrics import image_metrics
+from fastpix2pix.translator import Translator, load
+
+
+@dataclass
+class TranslateConfig:
+    """Translate images with a trained run. What the network needs is taken from the run.
+
+    OUTPUT/generated/NAME.png are the results, OUTPUT/index.html shows them beside their input. For
+    side-by-side pairs also target/ and the metrics of each image, in metrics.csv too.
+    """
+
+    run: Path
+    """Folder of a run (its newest checkpoint is used), a step_*.pt, a *_net_G.pth of
+    pytorch-CycleGAN-and-pix2pix, or the tutorial's generator as np.savez(FILE, *generator.get_weights())."""
+    input: Path
+    """An image, or a folder of images (JPEG, PNG)."""
+    output: Path
+    """Folder for the results: a new or empty one, or one with earlier results, which are replaced."""
+    kind: Literal["auto", "image", "pair"] = "auto"
+    """What INPUT holds: plain images, or pairs side by side. auto: pairs, if every file is exactly twice as
+    wide as high."""
+    direction: Direction | None = None
+    """Which half of a pair is translated: AtoB the left one. Default: as the network was trained."""
+    resize: bool = False
+    """Resize images to the size of the training first, as both references test. Otherwise they keep their
+    size, mirrored outwards to one that the network takes."""
+    eval: bool = False
+    """Normalise by the running statistics, without dropout, instead of by each image's own statistics, with
+    dropout, as both references test."""
+    seed: int = 0
+    """Of the dropout."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+
+
+def translate(config: TranslateConfig) -> None:
+    """Translate what ``config`` names and say where it is. Raises UserError for what the user can mend."""
+    translator = load(
+        config.run,
+        device=config.device,
+        evaluation=config.eval,
+        seed=config.seed,
+        direction=config.direction,
+    )
+    sources = find_sources(config.input)
+    check_output(config.output, config.input)
+    kind = guess_kind(sources) if config.kind == "auto" else config.kind
+    half = "left" if translator.direction == "AtoB" else "right"
+    print(f"{len(sources)} {f'pairs, translating the {half} half' if kind == 'pair' else 'images'}")
+    if config.eval:
+        print("normalised by the running statistics of the training, without dropout")
+    else:
+        print(f"normalised by each image's own statistics, dropout on (seed {config.seed}), as both "
+              "references test; --eval for the running statistics")  # fmt: skip
+    means = translate_files(translator, sources, config.output, kind, resized=config.resize)
+    if means:
+        print("mean " + ", ".join(f"{name} {value:.4g}" for name, value in means.items()))
+    print(f"open {config.output / 'index.html'}")
+
+
+# ----------------------------------------------------------------------------------------------- input
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file. name: what its results are called; size: (height, width) of the file in pixels."""
+
+    name: str
+    path: Path
+    size: tuple[int, int]
+
+
+def find_sources(path: Path) -> list[Source]:
+    """The picture at ``path``, or the pictures directly in the folder ``path``, judged by their headers.
+
+    Raises UserError when there is none, or one is not a JPEG or PNG.
+    """
+    try:
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+            files = [file for file in files if file.suffix.lower() in EXTENSIONS]
+        if not files:
+            raise UserError(f"{path}: holds no {', '.join(EXTENSIONS)} file; give images or their folder")
+        unambiguous = len({file.stem for file in files}) == len(files)
+        return [Source(file.stem if unambiguous else file.name, file, _size(file)) for file in files]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; give images or their folder") from error
+
+
+def _size(path: Path) -> tuple[int, int]:
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise UserError(f"{path}: is no file; give a JPEG or PNG image, or a folder of them")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size[::-1]
+    except UNREADABLE as error:
+        raise UserError(f"{path}: is not a readable JPEG or PNG ({error}); replace or remove it") from error
+
+
+def guess_kind(sources: Sequence[Source]) -> Literal["image", "pair"]:
+    """Pairs, when every file is exactly twice as wide as high, as in all the pix2pix data sets."""
+    return "pair" if all(width == 2 * height for height, width in (s.size for s in sources)) else "image"
+
+
+# ---------------------------------------------------------------------------------------------- output
+
+RESULTS = ("input", "generated", "target", "metrics.csv", "index.html")
+PARTIAL = ".partial"
+
+
+def check_output(output: Path, source: Path) -> None:
+    """Raise UserError unless results may go to ``output``: it is absent, empty, or holds earlier results."""
+    try:
+        names = {path.name for path in output.iterdir()} - {PARTIAL} if output.exists() else set()
+        earlier = 'content="fastpix2pix"' in (output / "index.html").read_text("utf-8") if names else True
+    except FileNotFoundError:
+        earlier = False
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{output}: {reason}; choose another --output") from error
+    if not earlier:
+        raise UserError(f"{output}: holds something else than earlier results; choose another --output")
+    if source.resolve().is_relative_to(output.resolve()):
+        raise UserError(
+            f"{output}: holds the input {source}, which it would replace; choose another --output"
+        )
+
+
+def translate_files(
+    translator: Translator,
+    sources: Sequence[Source],
+    output: Path,
+    kind: Literal["image", "pair"],
+    *,
+    resized: bool = False,
+) -> dict[str, float]:
+    """Translate ``sources`` into the folder ``output`` and return the mean of each metric ({} for images).
+
+    Everything appears in ``output`` when all of it is there, index.html last. Raises UserError for a file
+    that cannot be translated, or an ``output`` that cannot be written; nothing is left behind then.
+    """
+    for source in sources:
+        _check_size(translator, source, kind, resized)
+    how = (
+        "running statistics"
+        if translator.evaluation
+        else f"its own statistics, dropout of seed {translator.seed}"
+    )
+    try:
+        with _staging(output) as staging:
+            with tqdm(sources, desc="translate", unit=" images") as bar:
+                entries = [_translate_file(translator, source, kind, resized, staging) for source in bar]
+            if kind == "pair":
+                _write_metrics(staging / "metrics.csv", entries)
+            title = f"{translator.source}: {len(entries)} images"
+            write_gallery(staging, entries, title=title, note=f"Each image normalised by {how}.")
+            _publish(staging, output)
+    except OSError as error:
+        raise UserError(f"{output}: {error.strerror or error}; choose another --output") from error
+    names = entries[0].metrics
+    return {name: float(np.mean([entry.metrics[name] for entry in entries])) for name in names}
+
+
+def _check_size(translator: Translator, source: Source, kind: str, resized: bool) -> None:
+    height, width = source.size
+    if kind == "pair" and width % 2:
+        raise UserError(
+            f"{source.path}: is {width} pixels wide, which does not split into two halves; "
+            "--kind image if it is not a pair"
+        )
+    size = (translator.size,) * 2 if resized else (height, width // 2 if kind == "pair" else width)
+    try:
+        translator.check_memory(*size)
+    except UserError as error:
+        raise UserError(f"{source.path}: {error}") from error
+
+
+def _translate_file(translator: Translator, source: Source, kind: str, resized: bool, folder: Path) -> Entry:
+    pixels = read_rgb(source.path)
+    images = {"input": pixels}
+    if kind == "pair":
+        a, b = np.split(pixels, 2, axis=1)
+        images = {"input": a, "target": b} if translator.direction == "AtoB" else {"input": b, "target": a}
+    if resized:
+        images = {role: translator.resize(image) for role, image in images.items()}
+    pictures = {role: Image.fromarray(np.ascontiguousarray(image)) for role, image in images.items()}
+    generated = pictures["generated"] = translator(pictures["input"])
+    for role, picture in pictures.items():
+        (folder / role).mkdir(exist_ok=True)
+        picture.save(folder / role / f"{source.name}.png")
+    metrics = {}
+    if kind == "pair":
+        target = pictures["target"].convert(generated.mode)
+        metrics = image_metrics(*(torch.from_numpy(np.atleast_3d(p).copy()) for p in (generated, target)))
+    return Entry(
+        source.name,
+        {role: f"{role}/{source.name}.png" for role in pictures},
+        generated.size[::-1],
+        metrics,
+    )
+
+
+def _write_metrics(path: Path, entries: Sequence[Entry]) -> None:
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = csv.writer(file)
+        rows.writerow(["name", *entries[0].metrics])
+        rows.writerows([entry.name, *entry.metrics.values()] for entry in entries)
+
+
+@contextmanager
+def _staging(output: Path) -> Iterator[Path]:
+    """A folder inside ``output`` that is gone afterwards, and ``output`` with it if nothing came of it."""
+    created = not output.exists()
+    staging = output / PARTIAL
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        if staging.exists():
+            shutil.rmtree(staging)  # left by a process that was killed
+        staging.mkdir()
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if created and not any(output.iterdir()):
+            output.rmdir()
+
+
+def _publish(staging: Path, output: Path) -> None:
+    """Replace the results in ``output``; without its index.html a folder does not look whole."""
+    (output / "index.html").unlink(missing_ok=True)
+    for name in RESULTS:
+        if (output / name).is_dir():
+            shutil.rmtree(output / name)
+        elif (output / name).exists():
+            (output / name).unlink()
+        if (staging / name).exists():
+            (staging / name).rename(output / name)
+
+
+def main(argv: list[str] | None = None) -> None:
+    cli.run(TranslateConfig, translate, argv)
+
+
+if __name__ == "__main__":
+    main()
