@@ -1,5 +1,6 @@
 """Pairs decoded by Pillow in the worker processes of a torch DataLoader, where DALI cannot be had."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -56,10 +57,23 @@ def resized_chunks(
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_signals_to_the_parent,
     )
-    for chunk in loader:
+    for chunk in _forked(loader):
         if isinstance(chunk, UserError):
             raise chunk
         yield tuple(half.to(device, non_blocking=True) for half in chunk)
+
+
+def _forked(loader: DataLoader) -> Iterator:
+    """The loader's iterator, its workers started with no garbage of this process to collect.
+
+    A forgotten DALI pipeline, collected in a worker, would wait for threads that were not forked with it.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        gc.unfreeze()
 
 
 def _cores() -> int:
