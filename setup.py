@@ -27,7 +27,8 @@ setup(
         "filelock>=3.12",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100"],
+        "export": ["onnx>=1.15", "onnxruntime>=1.17"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "onnx>=1.15", "onnxruntime>=1.17"],
         "bench": ["pytest>=8", "pytest-benchmark>=4"],
     },
 )
