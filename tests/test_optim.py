@@ -139,20 +139,27 @@ def test_parameters_without_a_gradient_rest():
 
 
 def test_groups_have_their_own_settings():
-    a, b = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+    a, b, c, peer = (nn.Parameter(torch.ones(5)) for _ in range(4))
     optimizer = MasterAdam(
-        [{"params": [a], "lr": 1e-2}, {"params": [b], "betas": (0.9, 0.99), "keras_eps": False}]
+        [
+            {"params": [a], "lr": 1e-2},
+            {"params": [b], "betas": (0.9, 0.99), "keras_eps": False},
+            {"params": [c], "betas": (0.9, 0.99)},
+        ]
     )
-    peer = nn.Parameter(torch.ones(5))
     theirs = torch.optim.Adam([peer], 2e-4, (0.9, 0.99), 1e-7, fused=True)
     for value in (1.0, -2.0):
-        for p in (a, b, peer):
+        for p in (a, b, c, peer):
             p.grad = torch.full_like(p, value)
         optimizer.step()
         theirs.step()
     assert torch.equal(b, peer)
-    exact = torch.from_numpy(keras_adam(np.ones(5), [np.ones(5), np.full(5, -2.0)], [1e-2, 1e-2]))
-    torch.testing.assert_close(a.detach().double(), exact, rtol=1e-6, atol=0)
+    gradients = [np.full(5, 1.0), np.full(5, -2.0)]
+    for p, exact in (
+        (a, keras_adam(np.ones(5), gradients, [1e-2, 1e-2])),
+        (c, keras_adam(np.ones(5), gradients, [2e-4, 2e-4], beta1=0.9, beta2=0.99)),
+    ):
+        torch.testing.assert_close(p.detach().double(), torch.from_numpy(exact), rtol=1e-7, atol=0)
 
 
 # ----------------------------------------------------------------------------------- as gradients arrive
