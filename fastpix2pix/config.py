@@ -83,7 +83,8 @@ class TrainConfig:
     """Whose pix2pix: the TensorFlow tutorial's, or pytorch-CycleGAN-and-pix2pix's. They differ in network,
     update rule, Adam, resize filter and direction."""
     direction: Literal["AtoB", "BtoA"] | None = None
-    """Which half is the input: A is the left. Default: BtoA for tutorial, AtoB for junyanz."""
+    """Which half is the input: A is the left. Default: that of the data set by name (synthetic: BtoA); with
+    --dataroot BtoA for tutorial, AtoB for junyanz."""
     load_size: int = 286
     """Images are resized to this many pixels a side,"""
     crop_size: int = 256

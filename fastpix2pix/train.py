@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastpix2pix import checkpoint, cli
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.data import find_pairs, load_pair, open_loader
+from fastpix2pix.data.catalog import DATASETS, fetch_dataset
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
 from fastpix2pix.errors import UserError
 from fastpix2pix.graph import CapturedStep, set_float32_math
@@ -22,6 +23,7 @@ from fastpix2pix.models import build_networks
 from fastpix2pix.monitor import Monitor
 from fastpix2pix.optim import MasterAdam
 from fastpix2pix.precision import WORKING_TYPES, choose_precision
+from fastpix2pix.report import write_report
 from fastpix2pix.selfcheck import trusted
 from fastpix2pix.step import TrainStep
 
@@ -127,9 +129,16 @@ def data_folder(config: TrainConfig) -> Path:
         return config.dataroot
     if config.dataset == "synthetic":
         return synthetic_dataset(default_folder())
-    from fastpix2pix.data.catalog import fetch_dataset
-
     return fetch_dataset(config.dataset)
+
+
+def choose_direction(config: TrainConfig) -> str:
+    """The direction asked for, else the customary one of a data set by name, else the preset's."""
+    if config.direction is not None:
+        return config.direction
+    if config.dataroot is None and config.dataset in DATASETS:
+        return DATASETS[config.dataset].direction
+    return "BtoA" if config.dataroot is None else config.recipe.direction
 
 
 def sample_pairs(root: Path, config: TrainConfig, device: torch.device) -> list:
@@ -140,7 +149,7 @@ def sample_pairs(root: Path, config: TrainConfig, device: torch.device) -> list:
     loaded = (
         load_pair(
             pair,
-            direction=config.direction or recipe.direction,
+            direction=config.direction,
             size=config.crop_size,
             interpolation=recipe.interpolation,
         )
@@ -153,13 +162,15 @@ def sample_pairs(root: Path, config: TrainConfig, device: torch.device) -> list:
 def train(config: TrainConfig) -> None:
     """Run training as ``config`` says. Raises UserError for what the user can mend."""
     device = choose_device(config.device)
-    config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
+    config = dataclasses.replace(
+        config, precision=choose_precision(config.precision, device), direction=choose_direction(config)
+    )
     root = data_folder(config)
     recipe = config.recipe
     loader = open_loader(
         root,
         split="train",
-        direction=config.direction or recipe.direction,
+        direction=config.direction,
         load_size=config.load_size,
         crop_size=config.crop_size,
         interpolation=recipe.interpolation,
@@ -202,6 +213,8 @@ def train(config: TrainConfig) -> None:
         monitor.catch_up(done, lr, step)  # a state that is not finite must not displace a good one
         state = training_state(step, config, done, epoch, position)
         checkpoint.save(folder, done, state, config.keep_checkpoints)
+        monitor.writer.flush()
+        write_report(folder)
 
     update = CapturedStep(step) if device.type == "cuda" and not config.no_graph else step
     stream = loader.stream(epoch, position)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastpix2pix import checkpoint, monitor
 from fastpix2pix.config import TrainConfig
-from fastpix2pix.train import main
+from fastpix2pix.data.catalog import DATASETS
+from fastpix2pix.train import choose_direction, main
 
 PAIRS = 7
 SMALL = ["--netG", "unet_32", "--crop_size", "32", "--load_size", "36", "--ngf", "4", "--ndf", "4"]
@@ -108,6 +110,7 @@ def test_run_folder(tmp_path, dataroot):
     assert grid.shape == (64, 96, 3)
     np.testing.assert_array_equal(grid[:32, :32], pair[:, 32:])
     np.testing.assert_array_equal(grid[:32, 32:64], pair[:, :32])
+    assert "gen_l1_loss" in (folder / "report.html").read_text()
     events = EventAccumulator(str(folder / "events")).Reload()
     total, gan, l1, disc = (events.Scalars(tag) for tag in monitor.TUTORIAL_TAGS)
     assert [point.step for point in disc] == list(range(1, 10))
@@ -165,6 +168,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, dataroot, capfd, flags,
     lines = capfd.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ") and message in lines[-1]
     assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "direction"),
+    [
+        ({"dataset": "facades", "preset": "junyanz"}, "BtoA"),
+        ({"dataset": "maps"}, DATASETS["maps"].direction),
+        ({"dataset": "edges2shoes"}, "AtoB"),
+        ({"preset": "junyanz"}, "BtoA"),
+        ({"dataroot": Path("d")}, "BtoA"),
+        ({"dataroot": Path("d"), "preset": "junyanz", "dataset": "facades"}, "AtoB"),
+        ({"dataset": "edges2shoes", "direction": "BtoA"}, "BtoA"),
+    ],
+)
+def test_direction_is_the_one_asked_for_or_the_customary_one(options, direction):
+    assert choose_direction(TrainConfig(**options)) == direction
 
 
 def test_a_run_is_not_overwritten(tmp_path, dataroot, capsys):
