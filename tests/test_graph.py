@@ -32,7 +32,10 @@ def small_step(preset="tutorial", precision="fp32", *, ngf=8, num_downs=6, seed=
         UNetGenerator(preset, ngf=ngf, num_downs=num_downs, seed=3),
         PatchDiscriminator(preset, ndf=ngf),
     )
-    return TrainStep(*networks, TrainConfig(preset=preset, precision=precision, **options))
+    train_step = TrainStep(*networks, TrainConfig(preset=preset, precision=precision, **options))
+    if train_step.loss_scale is not None:
+        train_step.loss_scale.scale.fill_(2.0**8)  # at the initial 2**16 the first steps would be skipped
+    return train_step
 
 
 def pairs(count, precision="fp32", size=64, batch=1):
