@@ -1,0 +1,53 @@
+"""Every command in the documentation exists and takes the flags that it is shown with."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+
+from fastpix2pix import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = sorted(
+    {
+        (page.name, " ".join(match.split()))
+        for page in PAGES
+        for match in re.findall(
+            r"python -m (fastpix2pix[\w.]*(?: [^`\n|&;()]+)?)", page.read_text(encoding="utf-8")
+        )
+    }
+)
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_command_parses(monkeypatch, page, command):
+    parsed = []
+
+    def parse(config_class, _command, argv=None, **_options):
+        flags = (tyro.conf.FlagCreatePairsOff,)
+        parsed.append(tyro.cli(config_class, args=argv, use_underscores=True, config=flags))
+
+    name, *arguments = shlex.split(command, comments=True)
+    module = importlib.import_module(name)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{name}.__main__")
+    assert '__name__ == "__main__"' in Path(module.__file__).read_text(encoding="utf-8")
+    # Without arguments it is a command named in a sentence; interop.junyanz runs other people's scripts.
+    if set(arguments) - {"--help"} and "interop" not in name:
+        monkeypatch.setattr(cli, "run", parse)
+        module.main(arguments)
+        assert len(parsed) == 1
+
+
+def test_there_are_commands_to_test():
+    assert len(COMMANDS) > 15
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
