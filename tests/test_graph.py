@@ -92,7 +92,8 @@ def test_twenty_replays_of_the_full_network(preset):
 
 
 @pytest.mark.parametrize(
-    ("preset", "precision"), [("tutorial", "fp32"), ("junyanz", "bf16"), ("tutorial", "fp16")]
+    ("preset", "precision"),
+    [("tutorial", "fp32"), ("tutorial", "fp16"), pytest.param("junyanz", "bf16", marks=pytest.mark.slow)],
 )
 def test_replays_on_triton_kernels(triton_device, monkeypatch, preset, precision):
     monkeypatch.setattr(graph, "WARM_UP_STEPS", 1)
