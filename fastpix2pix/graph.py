@@ -86,10 +86,10 @@ class CapturedStep:
         return self.step.stepped()
 
     def _try_to_capture(self, key: tuple, source: Tensor, target: Tensor) -> None:
+        self.step.upload_lr()  # first, so that what is restored below is the rate that counts as uploaded
         before = [tensor.clone() for tensor in self.step.state()]
         slots = [image.clone(memory_format=torch.preserve_format) for image in (source, target)]
         body = partial(self.step.body, *slots)
-        self.step.upload_lr()
         try:
             self._backend.warm_up(body, WARM_UP_STEPS)
             replay = self._backend.capture(body)

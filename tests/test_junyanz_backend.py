@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rehearsal import RehearsalBackend
+from test_graph import static
 from torch import nn
 
 from fastpix2pix.errors import UserError
+from fastpix2pix.graph import CapturedStep
 from fastpix2pix.interop import junyanz
+from fastpix2pix.kernels import conv
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
 
 # The form of 2020 steps its schedulers at the start of an epoch.
@@ -146,6 +150,32 @@ def test_16_bits_keep_float32_files_and_images(program, tmp_path):
     images = model.get_current_visuals()
     assert {image.dtype for image in images.values()} == {torch.float32}
     assert images["fake_B"].abs().max() > 0
+
+
+def test_a_captured_step_behind_their_interface(program, tmp_path, monkeypatch, float64):
+    """As on a GPU, with the rehearsal in the place of its graph: nothing that they read is overwritten."""
+    start_training = junyanz.AcceleratedPix2Pix._start_training
+
+    def captured(self, *args):
+        start_training(self, *args)
+        self.run_step = CapturedStep(self.train_step, RehearsalBackend(lambda: static(self.train_step)))
+
+    monkeypatch.setattr(conv, "uses_tiles", lambda *args: False)
+    expected = losses(program("--name", "eager")[1])
+    monkeypatch.setattr(junyanz.AcceleratedPix2Pix, "_start_training", captured)
+    model, output = program("--name", "captured")
+    torch.testing.assert_close(losses(output), expected, rtol=1e-6, atol=0)
+    assert len(model.run_step._backend.tapes) == 1
+
+    image = model.fake_B
+    before = image.clone()
+    model.train_step.set_lr(1e-3)
+    model.optimize_parameters()
+    assert torch.equal(image, before) and not torch.equal(model.fake_B, before)
+    files, expected_files = saved(tmp_path / "captured"), saved(tmp_path / "eager")
+    for name in "GD":
+        for key, value in expected_files[name].items():
+            torch.testing.assert_close(files[name][key], value, rtol=1e-5, atol=1e-7, msg=key)
 
 
 @pytest.mark.parametrize("form", ("2020", "2025"))
