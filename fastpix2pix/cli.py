@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import TypeVar
 
 import tyro
@@ -27,6 +28,8 @@ def run(
     and exit code 2, the code that a bad flag gives too; an interrupt ends it with 130.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for file names that are not in its encoding
     try:
         config = tyro.cli(
             config_class, args=argv, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,)

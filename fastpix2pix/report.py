@@ -227,8 +227,11 @@ def _samples(run_folder: Path) -> str:
     """The grids that the monitor drew, oldest first, newest in view."""
     figures = []
     for path in sorted((run_folder / "samples").glob("step_*.png")):
-        with Image.open(path) as image:
-            width, height = image.size
+        try:
+            with Image.open(path) as image:
+                width, height = image.size
+        except OSError:  # being written, or spoilt: no reason to stop a run
+            continue
         url = link(f"samples/{path.name}")
         step = int(path.stem.removeprefix("step_"))
         figures.append(

@@ -68,15 +68,20 @@ def translate(config: TranslateConfig) -> None:
     kind = guess_kind(sources) if config.kind == "auto" else config.kind
     half = "left" if translator.direction == "AtoB" else "right"
     print(f"{len(sources)} {f'pairs, translating the {half} half' if kind == 'pair' else 'images'}")
-    if config.eval:
-        print("normalised by the running statistics of the training, without dropout")
-    else:
-        print(f"normalised by each image's own statistics, dropout on (seed {config.seed}), as both "
-              "references test; --eval for the running statistics")  # fmt: skip
+    print(f"each is normalised by {_statistics(translator)}{'' if config.eval else '; or choose --eval'}")
+    side = translator.size
+    if not config.resize and any(_image_size(source, kind) != (side, side) for source in sources):
+        print(f"images keep their size; the training's was {side}x{side}, to which --resize brings them")
     means = translate_files(translator, sources, config.output, kind, resized=config.resize)
     if means:
         print("mean " + ", ".join(f"{name} {value:.4g}" for name, value in means.items()))
     print(f"open {config.output / 'index.html'}")
+
+
+def _statistics(translator: Translator) -> str:
+    if translator.evaluation:
+        return "the running statistics of the training, without dropout"
+    return f"its own statistics, with dropout (seed {translator.seed}), as both references test"
 
 
 # ----------------------------------------------------------------------------------------------- input
@@ -124,6 +129,12 @@ def guess_kind(sources: Sequence[Source]) -> Literal["image", "pair"]:
     return "pair" if all(width == 2 * height for height, width in (s.size for s in sources)) else "image"
 
 
+def _image_size(source: Source, kind: str) -> tuple[int, int]:
+    """(height, width) of what is translated: the file, or one half of it."""
+    height, width = source.size
+    return height, width // 2 if kind == "pair" else width
+
+
 # ---------------------------------------------------------------------------------------------- output
 
 RESULTS = ("input", "generated", "target", "metrics.csv", "index.html")
@@ -163,11 +174,6 @@ def translate_files(
     """
     for source in sources:
         _check_size(translator, source, kind, resized)
-    how = (
-        "running statistics"
-        if translator.evaluation
-        else f"its own statistics, dropout of seed {translator.seed}"
-    )
     try:
         with _staging(output) as staging:
             with tqdm(sources, desc="translate", unit=" images") as bar:
@@ -175,7 +181,9 @@ def translate_files(
             if kind == "pair":
                 _write_metrics(staging / "metrics.csv", entries)
             title = f"{translator.source}: {len(entries)} images"
-            write_gallery(staging, entries, title=title, note=f"Each image normalised by {how}.")
+            write_gallery(
+                staging, entries, title=title, note=f"Each is normalised by {_statistics(translator)}."
+            )
             _publish(staging, output)
     except OSError as error:
         raise UserError(f"{output}: {error.strerror or error}; choose another --output") from error
@@ -184,15 +192,13 @@ def translate_files(
 
 
 def _check_size(translator: Translator, source: Source, kind: str, resized: bool) -> None:
-    height, width = source.size
-    if kind == "pair" and width % 2:
+    if kind == "pair" and source.size[1] % 2:
         raise UserError(
-            f"{source.path}: is {width} pixels wide, which does not split into two halves; "
+            f"{source.path}: is {source.size[1]} pixels wide, which does not split into two halves; "
             "--kind image if it is not a pair"
         )
-    size = (translator.size,) * 2 if resized else (height, width // 2 if kind == "pair" else width)
     try:
-        translator.check_memory(*size)
+        translator.check_memory(*(translator.size,) * 2 if resized else _image_size(source, kind))
     except UserError as error:
         raise UserError(f"{source.path}: {error}") from error
 

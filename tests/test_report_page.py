@@ -162,6 +162,7 @@ def test_samples_in_order_of_their_step(run):
     (run / "samples").mkdir()
     for step in (1000, 20000, 300):
         Image.new("RGB", (6, 9)).save(run / "samples" / f"step_{step:08d}.png")
+    (run / "samples" / "step_00030000.png").write_bytes(b"half a pictu")
     page = report.write_report(run).read_text()
     assert re.findall(r'<img src="(.*?)" alt=".*?" width="6" height="9"', page) == [
         f"./samples/step_{step:08d}.png" for step in (300, 1000, 20000)
