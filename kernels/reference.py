@@ -32,9 +32,11 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps modulo 2**64, as unsigned words would
-        c0, c1, c2, c3 = (p1 >> 32 & _LOW) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32 & _LOW) ^ c3 ^ k1, p0 & _LOW
-        k0, k1 = k0 + 0x9E3779B9 & _LOW, k1 + 0xBB67AE85 & _LOW
+        # Products wrap modulo 2**64, as unsigned words would. c1, c3 and the keys keep what is above their 32
+        # bits until the next round cuts it off.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32 ^ c1 ^ k0) & _LOW, p1, (p0 >> 32 ^ c3 ^ k1) & _LOW, p0
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
     return c0
 
 
@@ -121,21 +123,26 @@ def _spread(per_channel: Tensor) -> Tensor:
     return per_channel.reshape(-1, 1, per_channel.shape[-1], 1, 1)
 
 
-def _normalised(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """The grouped image, centred and scaled."""
-    return (_grouped(x, mean.shape[0]).to(mean.dtype) - _spread(mean)) * _spread(rstd)
+def _centred(x: Tensor, mean: Tensor) -> Tensor:
+    """The grouped image around its mean."""
+    return _grouped(x, mean.shape[0]).to(mean.dtype) - _spread(mean)
+
+
+def _scale(rstd: Tensor, weight: Tensor | None) -> Tensor:
+    """What centred values are multiplied with, ready to broadcast."""
+    return _spread(rstd if weight is None else rstd * weight)
 
 
 def _before_activation(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, rstd: Tensor | None
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: Tensor | None, rstd: Tensor | None
 ) -> Tensor:
-    if mean is not None:
-        z = _normalised(x, mean, rstd)
-        if weight is not None:
-            z = z * _spread(weight) + _spread(bias)
-        return z.flatten(0, 1)
-    z = x.to(compute_dtype(x.dtype))
-    return z if bias is None else z + bias.view(1, -1, 1, 1)
+    """Normalised, times weight, plus bias: (N, C, H, W) in the compute type; possibly ``x`` itself."""
+    if centred is None:
+        z = x.to(compute_dtype(x.dtype))
+        return z if bias is None else z + bias.view(1, -1, 1, 1)
+    if weight is None:
+        return (centred * _spread(rstd)).flatten(0, 1)
+    return torch.addcmul(_spread(bias), centred, _scale(rstd, weight)).flatten(0, 1)
 
 
 def norm_act_forward(
@@ -159,10 +166,11 @@ def norm_act_forward(
     A group of one value per channel (1x1 at batch 1) gives ``bias`` and a running variance that stays
     finite: there is no n - 1 to divide by.
     """
-    mean = rstd = None
+    centred = mean = rstd = None
     if config.norm and config.training:
-        grouped = _grouped(x, config.groups).to(compute_dtype(x.dtype))
-        var, mean = torch.var_mean(grouped, _PER_CHANNEL, correction=0)
+        mean = _grouped(x, config.groups).mean(_PER_CHANNEL, dtype=compute_dtype(x.dtype))
+        centred = _centred(x, mean)
+        var = centred.square().mean(_PER_CHANNEL)
         rstd = torch.rsqrt(var + config.eps)
         if running_mean is not None:
             n = x.numel() // (config.groups * x.shape[1])
@@ -173,8 +181,9 @@ def norm_act_forward(
     elif config.norm:
         mean = running_mean.to(compute_dtype(x.dtype)).expand(config.groups, -1)
         rstd = torch.rsqrt(running_var.to(mean.dtype) + config.eps).expand(config.groups, -1)
+        centred = _centred(x, mean)
 
-    z = _before_activation(x, weight, bias, mean, rstd)
+    z = _before_activation(x, weight, bias, centred, rstd)
     if config.dropout:
         z = z * dropout_mask(x, config.dropout, rng, config.layer)
     y = _store(F.leaky_relu(z, config.slope), x, out)
@@ -206,33 +215,36 @@ def norm_act_backward(
     computed again from ``x``, mean, rstd and the counter, which must be as they were in the forward pass.
     ``needs_affine=False`` leaves out dweight and dbias.
     """
-    z = _before_activation(x, weight, bias, mean, rstd)
-    dz = torch.zeros_like(z)
+    centred = None if mean is None else _centred(x, mean)
+    z = _before_activation(x, weight, bias, centred, rstd)
+    dz = None
     for gradient, slope in ((dy, config.slope), (dskip, config.skip_slope)):
-        if gradient is not None:
-            gradient = gradient.to(z.dtype)
-            dz = dz + torch.where(z > 0, gradient, gradient * slope)
+        if gradient is not None:  # that of leaky_relu: the gradient, times the slope where z is not positive
+            part = torch.ops.aten.leaky_relu_backward(gradient.to(z.dtype), z, slope, False)
+            dz = part if dz is None else dz.add_(part)
+    if dz is None:
+        dz = torch.zeros_like(z)
     if config.dropout:
-        dz = dz * dropout_mask(x, config.dropout, rng, config.layer)
+        dz *= dropout_mask(x, config.dropout, rng, config.layer)
 
     if mean is None:
         dbias = dz.sum((0, 2, 3)).to(bias.dtype) if needs_affine and bias is not None else None
-        return NormActBackward(dz.to(x.dtype), None, dbias)
+        return NormActBackward(dz.to(x.dtype, memory_format=torch.channels_last), None, dbias)
 
-    normalised = _normalised(x, mean, rstd)
     dz = _grouped(dz, mean.shape[0])
-    dz_sum = dz.sum(_PER_CHANNEL)
-    dz_normalised_sum = (dz * normalised).sum(_PER_CHANNEL)
     dweight = dbias = None
+    if config.training or needs_affine:
+        dz_sum = dz.sum(_PER_CHANNEL)
+        dz_normalised_sum = (dz * centred).sum(_PER_CHANNEL) * rstd
     if needs_affine and weight is not None:
         dweight = dz_normalised_sum.sum(0).to(weight.dtype)
         dbias = dz_sum.sum(0).to(bias.dtype)
-    if config.training:
+    if config.training:  # dz - mean(dz) - normalised * mean(dz * normalised)
         n = x.numel() // (mean.shape[0] * x.shape[1])
-        dz = dz - _spread(dz_sum / n) - normalised * _spread(dz_normalised_sum / n)
-    scale = rstd if weight is None else rstd * weight
-    dx = (dz * _spread(scale)).flatten(0, 1).to(x.dtype, memory_format=torch.channels_last)
-    return NormActBackward(dx, dweight, dbias)
+        dz -= _spread(dz_sum / n)
+        dz.addcmul_(centred, _spread(dz_normalised_sum * rstd / n), value=-1)
+    dx = dz.mul_(_scale(rstd, weight)).flatten(0, 1)
+    return NormActBackward(dx.to(x.dtype, memory_format=torch.channels_last), dweight, dbias)
 
 
 # -------------------------------------------------------------------------------------------- GAN loss
