@@ -142,7 +142,7 @@ class MasterAdam(Optimizer):
 
     @torch.no_grad()
     def set_masters(self, values: Iterable[Tensor]) -> None:
-        """Copy ``values``, in the order of ``parameters``, to the masters and round them to the parameters."""
+        """Copy ``values``, in the order of ``parameters``, to the masters, and rounded to the parameters."""
         for p, value in zip(self._group_of, values, strict=True):
             self._master(p).copy_(value)
             p.copy_(self._master(p))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpix2pix.kernels.launch import launch, tl, triton, use_triton
+from fastpix2pix.kernels.launch import cdiv, launch, tl, triton, use_triton
 
 LARGE = 2**16
 """Elements from which a tensor has its own launch: 1.8 MB of traffic, as long as a launch takes."""
@@ -297,7 +297,7 @@ def _sizes(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def _grid(tensors: Sequence[Tensor]) -> tuple[int]:
-    return (sum(-(-tensor.numel() // BLOCK) for tensor in tensors),)
+    return (sum(cdiv(tensor.numel(), BLOCK) for tensor in tensors),)
 
 
 def _update_on_cpu(
