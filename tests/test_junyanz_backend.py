@@ -267,6 +267,7 @@ def more_l1():
 OTHER_NET_G = "netG, whose results are not those of the published one,"
 OTHER_NET_D = OTHER_NET_G.replace("netG", "netD")
 NOT_ACCELERATED = {
+    "model": (["--model", "template"], None, "--model template"),
     "resnet": (["--netG", "resnet_9blocks"], None, "--netG resnet_9blocks"),
     "wgangp": (["--gan_mode", "wgangp"], None, "--gan_mode wgangp"),
     "other_loss": (["--model", "own_loss"], None, "the backward_G of this OwnLossModel"),

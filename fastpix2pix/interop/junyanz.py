@@ -235,6 +235,8 @@ def export_weights(module: nn.Module, optimizer: MasterAdam | None = None) -> Or
 
 # ---------------------------------------------------------------------------------------------- backend
 
+NOT_ACCELERATED = "fastpix2pix: {} is not accelerated; running this repository's own code"
+
 ACCELERATED = {"netG": ("unet_128", "unet_256"), "norm": ("batch", "instance")}
 ACCELERATED_IN_TRAINING = ACCELERATED | {"netD": ("basic", "n_layers"), "gan_mode": ("vanilla", "lsgan")}
 """Flags, and the values with which our backend takes over."""
@@ -303,7 +305,7 @@ class AcceleratedPix2Pix:
         super().setup(opt)
         obstacle = self._obstacle(opt) or self._take_over(opt)
         if obstacle is not None:
-            print(f"fastpix2pix: {obstacle} is not accelerated; running this repository's own code")
+            print(NOT_ACCELERATED.format(obstacle))
 
     def _obstacle(self, opt: Any) -> str | None:
         """What our backend does not cover in this run, or None."""
@@ -473,8 +475,19 @@ def install(precision: Literal["bf16", "fp16"] | None = None) -> None:
             "pytorch-CycleGAN-and-pix2pix"
         ) from error
     theirs = module.Pix2PixModel
-    if not issubclass(theirs, AcceleratedPix2Pix):
-        module.Pix2PixModel = type(theirs.__name__, (AcceleratedPix2Pix, theirs), {"precision": precision})
+    if issubclass(theirs, AcceleratedPix2Pix):
+        return
+    module.Pix2PixModel = type(theirs.__name__, (AcceleratedPix2Pix, theirs), {"precision": precision})
+    models = importlib.import_module("models")
+    create_model_of_theirs = models.create_model
+
+    def create_model(opt: Any) -> Any:
+        model = create_model_of_theirs(opt)
+        if not isinstance(model, AcceleratedPix2Pix):
+            print(NOT_ACCELERATED.format(f"--model {opt.model}"))
+        return model
+
+    models.create_model = create_model
 
 
 def main(argv: list[str]) -> None:

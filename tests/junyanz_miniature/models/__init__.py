@@ -7,9 +7,11 @@ networks initialised where they are defined) and that of 2025 (``opt.device``, i
 
 import importlib
 
+CLASSES = {"pix2pix": "Pix2PixModel", "own_loss": "OwnLossModel", "template": "TemplateModel"}
+
 
 def create_model(opt):
     module = importlib.import_module(f"models.{opt.model}_model")
-    model = getattr(module, {"pix2pix": "Pix2PixModel", "own_loss": "OwnLossModel"}[opt.model])(opt)
+    model = getattr(module, CLASSES[opt.model])(opt)
     print(f"model [{type(model).__name__}] was created")
     return model
