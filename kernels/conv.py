@@ -29,6 +29,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fastpix2pix.kernels.launch import use_triton
+
 KERNEL_SIZE = 4
 PADDING = 1
 TRANSPOSED_STRIDE = 2
@@ -259,11 +261,12 @@ def choose_tiling(
 def uses_tiles(x: Tensor, weight: Tensor, stride: int) -> bool:
     """Whether a convolution runs here (else it is PyTorch's).
 
-    Not with a single small channel, for which the matrices are too thin. Not while a graph is exported or
-    compiled: it should say "convolution".
+    Not with a single small channel, for which the matrices are too thin. Not where the CPU stands in for a
+    GPU, nor while a graph is exported or compiled: it should say "convolution".
     """
     return (
         x.device.type == "cpu"
+        and not use_triton(x)
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.float64)
         and weight.shape[0] > 1

@@ -1,0 +1,316 @@
+"""What people run today: pix2pix as it is usually written in PyTorch, plain, tuned and compiled.
+
+The networks and the update are op for op those of the public implementations: the TensorFlow tutorial
+carried over to PyTorch, and pytorch-CycleGAN-and-pix2pix. They are written here so that they can be timed,
+and counted, in the same run as ours and from the same weights; and because they share no line with
+``fastpix2pix``, equal losses are a check of both.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastpix2pix.config import TrainConfig
+
+
+class OnePixelBatchNorm(nn.BatchNorm2d):
+    """Batch norm of the tutorial's 1x1 bottleneck, where ``nn.BatchNorm2d`` refuses a batch of one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.batch_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps, x.is_cuda)
+
+
+class Block(nn.Module):
+    """Convolution, norm, dropout, activation: a module each, as in the public code."""
+
+    def __init__(self, conv: nn.Module, norm: nn.Module | None, dropout: float, activation: nn.Module):
+        super().__init__()
+        self.conv = conv
+        self.norm = nn.Identity() if norm is None else norm
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.dropout(self.norm(self.conv(x))))
+
+
+def _tutorial_norm(channels: int, one_pixel: bool = False) -> nn.BatchNorm2d:
+    return (OnePixelBatchNorm if one_pixel else nn.BatchNorm2d)(channels, eps=1e-3, momentum=0.01)
+
+
+class TutorialGenerator(nn.Module):
+    """The tutorial's U-Net: LeakyReLU before the skip, [up, skip], dropout in the three innermost blocks."""
+
+    def __init__(self, num_downs: int = 8, ngf: int = 64, dropout: float = 0.5):
+        super().__init__()
+        widths = [ngf * min(2**i, 8) for i in range(num_downs)]
+        self.downs = nn.ModuleList(
+            Block(
+                nn.Conv2d(widths[i - 1] if i else 3, width, 4, 2, 1, bias=False),
+                _tutorial_norm(width, one_pixel=i == num_downs - 1) if i else None,
+                0.0,
+                nn.LeakyReLU(0.3),
+            )
+            for i, width in enumerate(widths)
+        )
+        self.ups = nn.ModuleList(
+            Block(
+                nn.ConvTranspose2d(widths[-1] if i == 0 else 2 * widths[-1 - i], width, 4, 2, 1, bias=False),
+                _tutorial_norm(width),
+                dropout if i < 3 else 0.0,
+                nn.ReLU(),
+            )
+            for i, width in enumerate(reversed(widths[:-1]))
+        )
+        self.last = nn.ConvTranspose2d(2 * ngf, 3, 4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for down in self.downs:
+            x = down(x)
+            skips.append(x)
+        for up, skip in zip(self.ups, reversed(skips[:-1]), strict=True):
+            x = torch.cat([up(x), skip], 1)
+        return torch.tanh(self.last(x))
+
+
+class JunyanzGenerator(nn.Module):
+    """junyanz's unet: the activation comes before the convolution, in place, so the skip is ReLU(x)."""
+
+    def __init__(self, num_downs: int = 8, ngf: int = 64, dropout: float = 0.5):
+        super().__init__()
+        widths = [ngf * min(2**i, 8) for i in range(num_downs)]
+        self.downs = nn.ModuleList(
+            Block(
+                nn.Conv2d(widths[i - 1] if i else 3, width, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(width) if 0 < i < num_downs - 1 else None,
+                0.0,
+                nn.Identity(),
+            )
+            for i, width in enumerate(widths)
+        )
+        self.ups = nn.ModuleList(
+            Block(
+                nn.ConvTranspose2d(widths[-1] if i == 0 else 2 * widths[-1 - i], width, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(width),
+                dropout if 0 < i < num_downs - 4 else 0.0,
+                nn.Identity(),
+            )
+            for i, width in enumerate(reversed(widths[:-1]))
+        )
+        self.last = nn.ConvTranspose2d(2 * ngf, 3, 4, 2, 1)
+        self.leaky, self.relu = nn.LeakyReLU(0.2, True), nn.ReLU(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for i, down in enumerate(self.downs):
+            x = down(self.leaky(x) if i else x)
+            skips.append(x)
+        for up, skip in zip(self.ups, reversed(skips[:-1]), strict=True):
+            x = torch.cat([skip, up(self.relu(x))], 1)
+        return torch.tanh(self.last(self.relu(x)))
+
+
+class TutorialDiscriminator(nn.Module):
+    def __init__(self, ndf: int = 64, n_layers: int = 3):
+        super().__init__()
+        widths = [ndf * min(2**i, 8) for i in range(n_layers + 1)]
+        self.blocks = nn.ModuleList(
+            Block(
+                nn.Conv2d(widths[i - 1] if i else 6, width, 4, 1 if i == n_layers else 2, 1, bias=False),
+                _tutorial_norm(width) if i else None,
+                0.0,
+                nn.LeakyReLU(0.3),
+            )
+            for i, width in enumerate(widths)
+        )
+        self.last = nn.Conv2d(widths[-1], 1, 4, 1, 1)
+
+    def forward(self, pair: Tensor) -> Tensor:
+        for block in self.blocks:
+            pair = block(pair)
+        return self.last(pair)
+
+
+class JunyanzDiscriminator(nn.Module):
+    def __init__(self, ndf: int = 64, n_layers: int = 3):
+        super().__init__()
+        widths = [ndf * min(2**i, 8) for i in range(n_layers + 1)]
+        self.blocks = nn.ModuleList(
+            Block(
+                nn.Conv2d(widths[i - 1] if i else 6, width, 4, 1 if i == n_layers else 2, 1, bias=i == 0),
+                nn.BatchNorm2d(width) if i else None,
+                0.0,
+                nn.LeakyReLU(0.2, True),
+            )
+            for i, width in enumerate(widths)
+        )
+        self.last = nn.Conv2d(widths[-1], 1, 4, 1, 1)
+
+    def forward(self, pair: Tensor) -> Tensor:
+        for block in self.blocks:
+            pair = block(pair)
+        return self.last(pair)
+
+
+NETWORKS = {
+    "tutorial": (TutorialGenerator, TutorialDiscriminator),
+    "junyanz": (JunyanzGenerator, JunyanzDiscriminator),
+}
+
+
+def load_ours(peer: nn.Module, ours: nn.Module) -> None:
+    """Copy the weights and running statistics of one of our networks into the peer's."""
+    names = set(peer.state_dict())
+    state = {}
+    for name, value in ours.state_dict().items():
+        theirs = name.replace("epilogue", "norm")
+        # What our epilogue adds where there is no norm is the convolution's bias.
+        state[theirs if theirs in names else theirs.replace("norm", "conv")] = value.float()
+    missing, unexpected = peer.load_state_dict(state, strict=False)
+    if unexpected or any(not name.endswith("num_batches_tracked") for name in missing):
+        raise ValueError(f"the weights do not fit: {unexpected} are too many, {missing} are missing")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What people switch on to make the same code faster.
+
+    channels_last: memory format of weights and images. autocast: 16-bit type of the forward pass, or None;
+    float16 brings a GradScaler. adam: what ``torch.optim.Adam`` is given beside its hyperparameters.
+    compiled: ``torch.compile`` of both networks.
+    """
+
+    channels_last: bool = False
+    autocast: torch.dtype | None = None
+    adam: tuple[tuple[str, bool], ...] = ()
+    compiled: bool = False
+
+
+FUSED = (("fused", True),)
+PLAIN = Tuning()
+
+
+def tuned(device: torch.device | str) -> Tuning:
+    """The usual advice for ``device``: on a CPU without 16-bit arithmetic, autocast is left out."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return Tuning(channels_last=True, autocast=torch.bfloat16 if bf16 else torch.float16, adam=FUSED)
+    # The vendors' names for 16-bit arithmetic in hardware; without it bf16 is emulated, many times slower.
+    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return Tuning(channels_last=True, autocast=torch.bfloat16 if bf16 else None, adam=FUSED)
+
+
+class PeerStep:
+    """One update of both networks: ``losses = step(source, target)``, named as ``fastpix2pix.step.Losses``.
+
+    ``config.preset`` chooses networks and rule: the tutorial's simultaneous update, or junyanz's alternating
+    one. source, target: (N, 3, H, W) float32 in [-1, 1]. Everything is computed as the public code does:
+    two passes through the discriminator, ``torch.cat`` for pairs and skips, a target tensor for the
+    cross-entropy.
+    """
+
+    def __init__(self, config: TrainConfig, tuning: Tuning = PLAIN, device: torch.device | str = "cpu"):
+        generator, discriminator = NETWORKS[config.preset]
+        dropout = 0.0 if config.no_dropout else 0.5
+        self.generator = generator(config.num_downs, config.ngf, dropout).to(device)
+        self.discriminator = discriminator(config.ndf, config.n_layers_D).to(device)
+        self.tuning, self.device = tuning, torch.device(device)
+        if tuning.channels_last:
+            self.generator.to(memory_format=torch.channels_last)
+            self.discriminator.to(memory_format=torch.channels_last)
+        recipe = config.recipe
+        adam = {"lr": config.lr, "betas": (config.beta1, 0.999), "eps": recipe.adam_eps, **dict(tuning.adam)}
+        self.gen_optimizer = torch.optim.Adam(self.generator.parameters(), **adam)
+        self.disc_optimizer = torch.optim.Adam(self.discriminator.parameters(), **adam)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=tuning.autocast == torch.float16)
+        self.bce, self.l1 = nn.BCEWithLogitsLoss(), nn.L1Loss()
+        self.lambda_l1, self.recipe, self.steps = config.lambda_L1, recipe, 0
+        self.run_generator, self.run_discriminator = self.generator, self.discriminator
+        if tuning.compiled:
+            self.run_generator = torch.compile(self.generator)
+            self.run_discriminator = torch.compile(self.discriminator)
+
+    def load_ours(self, generator: nn.Module, discriminator: nn.Module) -> "PeerStep":
+        load_ours(self.generator, generator)
+        load_ours(self.discriminator, discriminator)
+        return self
+
+    def __call__(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
+        layout = torch.channels_last if self.tuning.channels_last else torch.contiguous_format
+        source, target = source.contiguous(memory_format=layout), target.contiguous(memory_format=layout)
+        self.steps += 1
+        if self.recipe.keras_eps:  # Keras's place of epsilon, in torch's form: it differs from step to step
+            for optimizer in (self.gen_optimizer, self.disc_optimizer):
+                optimizer.param_groups[0]["eps"] = self.recipe.adam_eps / (1 - 0.999**self.steps) ** 0.5
+        return (self._simultaneous if self.recipe.simultaneous else self._alternating)(source, target)
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        with torch.autocast(self.device.type, self.tuning.autocast, enabled=self.tuning.autocast is not None):
+            yield
+
+    def _against(self, logits: Tensor, real: bool) -> Tensor:
+        return self.bce(logits, torch.ones_like(logits) if real else torch.zeros_like(logits))
+
+    def _simultaneous(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
+        with self._autocast():
+            fake = self.run_generator(source)
+            real_logits = self.run_discriminator(torch.cat([source, target], 1))
+            fake_logits = self.run_discriminator(torch.cat([source, fake], 1))
+            gen_gan_loss, gen_l1_loss = self._against(fake_logits, True), self.l1(fake, target)
+            gen_total_loss = gen_gan_loss + self.lambda_l1 * gen_l1_loss
+            disc_real_loss, disc_fake_loss = (
+                self._against(real_logits, True),
+                self._against(fake_logits, False),
+            )
+            disc_loss = disc_real_loss + disc_fake_loss
+        for loss, module, more in (
+            (gen_total_loss, self.generator, True),
+            (disc_loss, self.discriminator, False),
+        ):
+            parameters = list(module.parameters())
+            gradients = torch.autograd.grad(
+                self.scaler.scale(loss), parameters, retain_graph=more, allow_unused=True
+            )
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+        self.scaler.step(self.gen_optimizer)
+        self.scaler.step(self.disc_optimizer)
+        self.scaler.update()
+        return _losses(gen_total_loss, gen_gan_loss, gen_l1_loss, disc_loss, disc_real_loss, disc_fake_loss)
+
+    def _alternating(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
+        with self._autocast():
+            fake = self.run_generator(source)
+
+        self.discriminator.requires_grad_(True)
+        self.disc_optimizer.zero_grad()
+        with self._autocast():
+            fake_logits = self.run_discriminator(torch.cat([source, fake], 1).detach())
+            disc_fake_loss = self._against(fake_logits, False)
+            real_logits = self.run_discriminator(torch.cat([source, target], 1))
+            disc_real_loss = self._against(real_logits, True)
+            disc_loss = (disc_fake_loss + disc_real_loss) * 0.5
+        self.scaler.scale(disc_loss).backward()
+        self.scaler.step(self.disc_optimizer)
+
+        self.discriminator.requires_grad_(False)
+        self.gen_optimizer.zero_grad()
+        with self._autocast():
+            fake_logits = self.run_discriminator(torch.cat([source, fake], 1))
+            gen_gan_loss, gen_l1_loss = self._against(fake_logits, True), self.l1(fake, target)
+            gen_total_loss = gen_gan_loss + gen_l1_loss * self.lambda_l1
+        self.scaler.scale(gen_total_loss).backward()
+        self.scaler.step(self.gen_optimizer)
+        self.scaler.update()
+        return _losses(gen_total_loss, gen_gan_loss, gen_l1_loss, disc_loss, disc_real_loss, disc_fake_loss)
+
+
+def _losses(*losses: Tensor) -> dict[str, Tensor]:
+    names = ("gen_total_loss", "gen_gan_loss", "gen_l1_loss", "disc_loss", "disc_real_loss", "disc_fake_loss")
+    return {name: loss.detach() for name, loss in zip(names, losses, strict=True)}

@@ -1,0 +1,252 @@
+"""What a training step does to memory: every operator and kernel launch with its bytes, by kind of work.
+
+    python -m benchmarks.traffic
+
+A step is traced on the CPU as it would run on a GPU. Our kernels are asked for, and not run, so each launch
+counts once with the tensors that it declares (tests hold those against what the kernels touch). PyTorch's
+operators are caught by a dispatch mode, below autograd and autocast; convolutions are not computed, only
+allocated, because their results don't matter. The same rules hold for our step and for the peers':
+
+* ``operands``: each tensor that an operator reads or writes counts once. Views and allocations are free; a
+  ``foreach`` or fused operator is one operator.
+* ``moved``: what must cross the memory bus were nothing cached; a tensor that is updated in place counts
+  twice. The roofline is made of these.
+
+What is not seen: copies between memory formats inside a cuDNN convolution, and several launches for one
+operator. Both favour the peers.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks.peers import FUSED, PeerStep, Tuning
+from fastpix2pix.config import TrainConfig
+from fastpix2pix.kernels import launch
+from fastpix2pix.models import build_networks
+from fastpix2pix.step import TrainStep
+
+KINDS = ("convolution", "optimizer", "epilogue", "loss", "copy", "other")
+
+# Name of an operator or kernel up to its first match here decides its kind; optimizers are found by their
+# place in the source instead.
+_KIND_OF_NAME = {
+    "convolution": "convolution",
+    "norm_act": "epilogue",
+    "gan_loss": "loss",
+    "pixel_loss": "loss",
+    "native_batch_norm": "epilogue",
+    "leaky_relu": "epilogue",
+    "relu": "epilogue",
+    "threshold": "epilogue",
+    "dropout": "epilogue",
+    "bernoulli": "epilogue",
+    "cat": "epilogue",
+    "tanh": "loss",
+    "binary_cross_entropy": "loss",
+    "mean": "loss",
+    "abs": "loss",
+    "sgn": "loss",
+    "copy": "copy",
+    "clone": "copy",
+    "fill": "copy",
+    "zero": "copy",
+    "ones": "copy",
+    "new_zeros": "copy",
+}
+
+
+class Entry(NamedTuple):
+    """One operator or launch."""
+
+    name: str
+    kind: str
+    operands: int
+    moved: int
+    flops: int
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _identity(tensor: Tensor) -> tuple:
+    return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _traffic(reads: list[Tensor], writes: list[Tensor]) -> tuple[int, int]:
+    """(operands, moved) of an operation on these tensors."""
+    read, written = ({_identity(t): _bytes(t) for t in tensors if t.numel()} for tensors in (reads, writes))
+    return sum({**read, **written}.values()), sum(read.values()) + sum(written.values())
+
+
+def _in_optimizer() -> bool:
+    """Whether an optimizer's step is on the stack: torch's, or ours."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("torch.optim.") or module in ("fastpix2pix.optim", "fastpix2pix.kernels.adam"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _kind(name: str) -> str:
+    if _in_optimizer():
+        return "optimizer"
+    return next((kind for part, kind in _KIND_OF_NAME.items() if part in name), "other")
+
+
+class Trace(TorchDispatchMode):
+    """Collects an ``Entry`` for every operator and launch inside ``with trace():``."""
+
+    def __init__(self):
+        super().__init__()
+        self.entries: list[Entry] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self, launch.observed(self._on_launch, run=False):
+            yield
+
+    def _add(self, name: str, reads: list[Tensor], writes: list[Tensor], flops: int = 0) -> None:
+        self.entries.append(Entry(name, _kind(name), *_traffic(reads, writes), flops))
+
+    def _on_launch(self, made: launch.Launch) -> None:
+        reads, writes = ([t for t in tensors if t is not None] for tensors in (made.reads, made.writes))
+        self._add(made.name, reads, writes)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        result = _allocate(func, args) if name.startswith("convolution") else func(*args, **kwargs)
+        if func.is_view or "empty" in name or name.startswith(_FREE):
+            return result
+        reads = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        writes = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                writes += [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+        if name.startswith(_WRITE_ONLY):
+            reads = reads[1:]
+        count = flop_registry.get(func.overloadpacket)
+        flops = count(*args, **kwargs, out_val=result) if count else 0
+        self._add(name, reads, writes, flops)
+        return result
+
+
+_FREE = ("detach", "_local_scalar_dense", "_record_function")
+"""Operators without work for the device."""
+
+_WRITE_ONLY = ("copy_", "fill_", "zero_")
+"""Operators whose first argument is written without being read."""
+
+
+def _allocate(func: Callable, args: tuple) -> Any:
+    """What a convolution returns, uncomputed: channels-last if one of its operands is, as from cuDNN."""
+    on_meta = func(*tree_map_only(Tensor, lambda t: t.to("meta"), args))
+    last = any(_is_channels_last(t) for t in tree_leaves(args) if isinstance(t, Tensor))
+
+    def allocate(like: Tensor) -> Tensor:
+        result = torch.zeros(like.shape, dtype=like.dtype)
+        return result.contiguous(memory_format=torch.channels_last) if last and like.ndim == 4 else result
+
+    return tree_map_only(Tensor, allocate, on_meta)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+# ------------------------------------------------------------------------------------------------ steps
+
+# On a GPU torch's Adam updates several tensors in an operator by itself.
+PLAIN_ON_GPU = Tuning(adam=(("foreach", True),))
+TUNED = Tuning(channels_last=True, autocast=torch.bfloat16, adam=FUSED)
+
+
+def _images(config: TrainConfig, dtype: torch.dtype) -> list[Tensor]:
+    side = config.crop_size
+    image = torch.zeros(config.batch_size, 3, side, side, dtype=dtype)
+    return [image.contiguous(memory_format=torch.channels_last).clone() for _ in range(2)]
+
+
+def trace_ours(config: TrainConfig) -> list[Entry]:
+    """Our step at ``config.precision``, with the copies that bring a pair into the captured graph."""
+    step = TrainStep(*build_networks(config, torch.device("cpu")), config)
+    dtype = next(step.generator.parameters()).dtype
+    slots, images = _images(config, dtype), _images(config, dtype)
+    trace = Trace()
+    with trace():
+        for slot, image in zip(slots, images, strict=True):
+            slot.copy_(image)
+        step.body(*slots)
+    return trace.entries
+
+
+def trace_peer(config: TrainConfig, tuning: Tuning) -> list[Entry]:
+    """A peer's second step, when its optimizers have their state."""
+    step = PeerStep(config, tuning)
+    images = _images(config, torch.float32)
+    trace = Trace()
+    with trace():
+        step(*images)
+        trace.entries.clear()
+        step(*images)
+    return trace.entries
+
+
+def trace_all(preset: str, batch_size: int = 1) -> dict[str, list[Entry]]:
+    """Our step in bf16 and the peers', full networks at 256x256."""
+    config = TrainConfig(preset=preset, batch_size=batch_size, precision="bf16")
+    return {
+        "plain PyTorch": trace_peer(config, PLAIN_ON_GPU),
+        "tuned PyTorch": trace_peer(config, TUNED),
+        "fastpix2pix": trace_ours(config),
+    }
+
+
+def summary(entries: list[Entry]) -> dict[str, dict[str, float]]:
+    """Operators, GB of operands, GB moved and GFLOP, by kind and in total."""
+    rows = {kind: [entry for entry in entries if entry.kind == kind] for kind in KINDS}
+    return {
+        kind: {
+            "operators": len(some),
+            "operands_gb": sum(entry.operands for entry in some) / 1e9,
+            "moved_gb": sum(entry.moved for entry in some) / 1e9,
+            "gflop": sum(entry.flops for entry in some) / 1e9,
+        }
+        for kind, some in {**rows, "total": entries}.items()
+    }
+
+
+def largest(entries: list[Entry], count: int = 12) -> list[tuple[str, str, int, float]]:
+    """(kind, name, times, GB of operands) of what moves most."""
+    times, operands = Counter(), Counter()
+    for entry in entries:
+        times[entry.kind, entry.name] += 1
+        operands[entry.kind, entry.name] += entry.operands
+    return [(*key, times[key], total / 1e9) for key, total in operands.most_common(count)]
+
+
+def main() -> None:
+    for preset in ("tutorial", "junyanz"):
+        for name, entries in trace_all(preset).items():
+            print(f"\n{preset}, {name}: {'':14} operators  operands GB  moved GB    GFLOP")
+            for kind, row in summary(entries).items():
+                print(
+                    f"  {kind:40} {row['operators']:10} {row['operands_gb']:12.3f} "
+                    f"{row['moved_gb']:9.3f} {row['gflop']:8.1f}"
+                )
+
+
+if __name__ == "__main__":
+    main()
