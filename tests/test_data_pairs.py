@@ -105,6 +105,18 @@ def test_other_kinds_become_rgb(tmp_path):
     assert abs(read_rgb(tmp_path / "cmyk.jpg").astype(int) - [0, 255, 204]).max() <= 2
 
 
+def test_plain_are_grey_and_rgb_of_8_bits(tmp_path):
+    for mode, name in (("RGB", "0.png"), ("RGB", "1.jpg"), ("L", "2.png"), ("L", "3.jpg")):
+        save(tmp_path / "plain" / name, mode)
+    for mode, name in (("RGBA", "0.png"), ("P", "1.png"), ("1", "2.png"), ("LA", "3.png"), ("CMYK", "4.jpg")):
+        save(tmp_path / "converted" / name, mode)
+    for name, channels, colour_type in (("5.png", 1, 0), ("6.png", 3, 2)):
+        deep = png(RNG.integers(0, 65536, (8, 16, channels)), colour_type)
+        (tmp_path / "converted" / name).write_bytes(deep)
+    assert [p.plain for p in find_pairs(tmp_path, "plain")] == [True] * 4
+    assert [p.plain for p in find_pairs(tmp_path, "converted")] == [False] * 7
+
+
 def test_conversion_is_said_once(tmp_path, caplog):
     save(tmp_path / "train" / "1.png")
     save(tmp_path / "train" / "2.png", "L")
