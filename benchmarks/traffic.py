@@ -133,7 +133,8 @@ class Trace(TorchDispatchMode):
         reads = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         writes = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
+            alias = argument.alias_info
+            if alias is not None and alias.is_write and argument.name != _NOT_WRITTEN:
                 writes += [t for t in tree_leaves(value) if isinstance(t, Tensor)]
         if name.startswith(_WRITE_ONLY):
             reads = reads[1:]
@@ -148,6 +149,9 @@ _FREE = ("detach", "_local_scalar_dense", "_record_function")
 
 _WRITE_ONLY = ("copy_", "fill_", "zero_")
 """Operators whose first argument is written without being read."""
+
+_NOT_WRITTEN = "grads"
+"""Fused optimizers declare their gradients as written, which happens only where a grad_scale divides them."""
 
 
 def _allocate(func: Callable, args: tuple) -> Any:
