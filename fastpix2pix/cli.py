@@ -2,11 +2,13 @@
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from typing import TypeVar
 
 import tyro
+from PIL import Image
 
 from fastpix2pix.errors import UserError
 
@@ -30,6 +32,8 @@ def run(
     argv = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that are not in its encoding
+    # Its error, at twice the size, is enough; which sizes fit is for the command to say.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         config = tyro.cli(
             config_class, args=argv, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,)

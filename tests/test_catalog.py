@@ -84,12 +84,20 @@ class Server(ThreadingHTTPServer):
         """Answer with ``body``, announced as ``length`` bytes, in two halves ``pause`` seconds apart."""
         self.body, self.status, self.pause = body, status, pause
         self.length = len(body) if length is None else length
+        self.piece = 0
+
+    def say_in_pieces(self, body: bytes, piece: int) -> None:
+        """Answer with ``body`` in chunks of ``piece`` bytes, without saying how many there will be."""
+        self.say(body)
+        self.piece = piece
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         server.requests += 1
+        if server.piece:
+            return self.send_chunks(server.body, server.piece)
         self.send_response(server.status)
         self.send_header("Content-Length", str(server.length))
         self.end_headers()
@@ -101,6 +109,17 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(server.body[half:])
         except OSError:
             pass  # the client has hung up
+
+    def send_chunks(self, body: bytes, piece: int) -> None:
+        self.protocol_version = "HTTP/1.1"
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for i in range(0, len(body), piece):
+            part = body[i : i + piece]
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
+        self.wfile.write(b"0\r\n\r\n")
 
     def log_message(self, *args):
         pass
@@ -262,6 +281,15 @@ def test_slow_but_steady_server_is_waited_for(server, tmp_path, monkeypatch):
     server.say(GOOD, pause=0.3)
     catalog.fetch_dataset("facades", tmp_path)
     assert (tmp_path / "facades/train/0.jpg").read_bytes() == PAIRS["facades/train/0.jpg"]
+
+
+def test_bytes_are_counted_however_they_come(server, tmp_path, monkeypatch):
+    """Two bytes at a time, from a server that announces no length: a hundred pieces are not 6 MiB."""
+    small = dataclasses.replace(catalog.DATASETS["facades"], mebibytes=1)
+    monkeypatch.setitem(catalog.DATASETS, "facades", small)
+    server.say_in_pieces(GOOD, 2)
+    catalog.fetch_dataset("facades", tmp_path)
+    assert contents(tmp_path / "facades") == {k.removeprefix("facades/"): v for k, v in PAIRS.items()}
 
 
 def test_offline_message_says_where_to_put_the_files(tmp_path, monkeypatch):

@@ -170,35 +170,30 @@ def _install(dataset: Dataset, folder: Path) -> None:
 # -------------------------------------------------------------------------------------------- download
 
 
-class _BoundedProgress(tqdm):
-    """A progress bar that ends a download which has grown beyond ``limit`` bytes; pooch has no such bound."""
-
-    def __init__(self, dataset: Dataset):
-        super().__init__(desc=dataset.name, unit="B", unit_scale=True, unit_divisor=1024)
-        self.limit = dataset.limit
-
-    def __bool__(self) -> bool:
-        return True  # pooch asks whether there is a bar; tqdm would say no, or raise, without a known length
-
-    def update(self, n: float = 1) -> bool | None:
-        if self.n + n > self.limit:
-            raise _Unusable(f"is larger than {self.limit // 2**20} MiB")
-        return super().update(n)
-
-
 def _download(dataset: Dataset, into: Path, folder: Path) -> Path:
+    def stream(url: str, output: str, _pooch: object) -> None:
+        """pooch's own downloader, but for the bound and for lengths that are announced wrong."""
+        with requests.get(url, stream=True, timeout=STALL_SECONDS) as response, open(output, "wb") as file:
+            response.raise_for_status()
+            length = response.headers.get("Content-Length", "")
+            total = int(length) if length.isdecimal() else None
+            with tqdm(desc=dataset.name, total=total, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+                for part in response.iter_content(2**16):
+                    file.write(part)
+                    bar.update(len(part))
+                    if file.tell() > dataset.limit:
+                        raise _Unusable(f"is larger than {dataset.limit // 2**20} MiB")
+
     pooch.get_logger().setLevel("WARNING")
-    with _BoundedProgress(dataset) as progress:
-        downloader = pooch.HTTPDownloader(progressbar=progress, chunk_size=2**16, timeout=STALL_SECONDS)
-        try:
-            name = pooch.retrieve(
-                dataset.url, known_hash=None, fname=f"{dataset.name}.tar.gz", path=into, downloader=downloader
-            )
-        except (requests.RequestException, _Unusable) as error:
-            raise UserError(
-                f"{dataset.url} {_reason(error)}; try again later, or put {dataset.name}.tar.gz "
-                f"({dataset.mebibytes} MiB), or {dataset.name}/ unpacked from it, into {folder} by hand"
-            ) from error
+    try:
+        name = pooch.retrieve(
+            dataset.url, known_hash=None, fname=f"{dataset.name}.tar.gz", path=into, downloader=stream
+        )
+    except (requests.RequestException, ValueError, _Unusable) as error:  # ValueError: of a bad address
+        raise UserError(
+            f"{dataset.url} {_reason(error)}; try again later, or put {dataset.name}.tar.gz "
+            f"({dataset.mebibytes} MiB), or {dataset.name}/ unpacked from it, into {folder} by hand"
+        ) from error
     return Path(name)
 
 
@@ -210,9 +205,9 @@ def _reason(error: Exception) -> str:
         return f"was silent for {STALL_SECONDS:g} s"
     if isinstance(error, requests.ConnectionError):
         return "cannot be reached"
-    if isinstance(error, requests.RequestException):
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
         return "broke off before the end"
-    return str(error)
+    return str(error) if isinstance(error, _Unusable) else "answers nonsense"
 
 
 def _checked_digest(archive: Path, source: str | Path, record: Path) -> str:
@@ -249,6 +244,19 @@ class _BoundedReader:
         return data
 
 
+class _StrictTarInfo(tarfile.TarInfo):
+    """A header that must be whole: tarfile takes a broken one for the end, and half an archive for all."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_StrictTarInfo":
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+
+
 def _extract(dataset: Dataset, archive: Path, into: Path) -> None:
     """Unpack the pairs of ``archive`` into ``into / dataset.name``; _Unusable if it is broken or unsafe."""
     try:
@@ -256,7 +264,7 @@ def _extract(dataset: Dataset, archive: Path, into: Path) -> None:
             stream = _BoundedReader(decompressed, dataset.limit)
             total = sum(dataset.pairs.values())
             with (
-                tarfile.open(fileobj=stream, mode="r|") as members,
+                tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictTarInfo) as members,
                 tqdm(members, desc="unpack", unit=" files", total=total) as bar,
             ):
                 _extract_pairs(members, bar, stream, into)

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from fastpix2pix.data.pairs import EXTENSIONS, KINDS, find_pairs, read_rgb
+from fastpix2pix.data.pairs import EXTENSIONS, KINDS, find_pairs, raw_mode, read_rgb
 from fastpix2pix.errors import UserError
 
 FIRST_BAD = 10  # so many bad files are listed
@@ -86,7 +86,7 @@ def _examine(path: Path) -> tuple[str, str]:
             raise UserError(f"{path}: is not a file; remove it")
         read_rgb(path)
         with Image.open(path) as image:
-            deep = "16" in image.mode + str(image.tile[0][3])
+            deep = "16" in image.mode + raw_mode(image)
             return "", "16-bit" if deep else image.mode
     except UserError as error:
         return str(error), ""

@@ -79,10 +79,17 @@ def read_rgb(path: Path) -> np.ndarray:
         raise UserError(f"{path}: cannot be decoded ({error}); replace or remove it") from error
 
 
+def raw_mode(image: Image.Image) -> str:
+    """How the samples lie in the file, e.g. "RGB;16B". Raises OSError where the file ends before them."""
+    if not image.tile:
+        raise OSError("no pixels follow the header")  # Pillow would make a black picture of it
+    return str(image.tile[0][3])
+
+
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):  # 16-bit grey
         return np.repeat(_scale_16_bit(np.asarray(image).astype(np.uint32))[..., None], 3, axis=2)
-    rawmode = str(image.tile[0][3])
+    rawmode = raw_mode(image)
     if rawmode in ("RGB;16B", "RGBA;16B"):
         # Pillow keeps the high byte of each sample; read as the other byte order, the low one.
         high = np.asarray(image)[..., :3].astype(np.uint32)
@@ -109,7 +116,7 @@ class _Header:
         try:
             with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
                 size, mode, format = image.size[::-1], image.mode, image.format
-                if "16" in mode + str(image.tile[0][3]):
+                if "16" in mode + raw_mode(image):
                     mode = "16-bit"
                 whole = _ends_as_it_should(file, format)
         except UNREADABLE as error:
