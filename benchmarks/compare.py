@@ -1,0 +1,128 @@
+"""Our training step against the others', in turns in one process, from the same weights on the same images.
+
+    python -m benchmarks.compare
+
+A round takes every contender once, in an order of its own. Reported are medians over the rounds, and ratios:
+the median of the ratios within a round, which a machine that is slow for a while does not change.
+"""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from benchmarks import results
+from benchmarks.contenders import Entrant, field
+from benchmarks.timing import Seconds, interleaved, speedup
+from fastpix2pix import cli
+from fastpix2pix.config import TrainConfig
+
+STEPS_ON_GPU = 20
+WARM_UP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Time one training step of the full networks at 256x256: plain, tuned and ours."""
+
+    preset: Literal["tutorial", "junyanz"] = "tutorial"
+    """Whose networks and update rule."""
+    batch_size: int = 1
+    """Pairs per step."""
+    rounds: int = 11
+    """How often each contender has its turn."""
+    compiled: bool = False
+    """Let torch.compile of the tuned step take part; it compiles for minutes."""
+    threads: int | None = None
+    """CPU threads. Default: PyTorch's choice."""
+    output: Path | None = None
+    """JSON file for the result."""
+
+
+def compare(config: CompareConfig) -> dict[str, Any]:
+    """Prints and returns the result."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = TrainConfig(preset=config.preset, batch_size=config.batch_size)
+    contenders = field(device, compiled=config.compiled)
+    environment = results.environment(device)
+    entrants = {contender.name: Entrant(contender, network, device) for contender in contenders}
+    for entrant in entrants.values():
+        for _ in range(WARM_UP_STEPS):
+            entrant.step()
+    seconds = interleaved(
+        {name: entrant.step for name, entrant in entrants.items()},
+        config.rounds,
+        STEPS_ON_GPU if device.type == "cuda" else 1,
+    )
+    result = {
+        "what": "comparison",
+        "environment": environment,
+        "conditions": {
+            "preset": config.preset,
+            "batch_size": config.batch_size,
+            "pixels": network.crop_size,
+            "rounds": config.rounds,
+        },
+        "figures": [
+            {
+                "name": contender.name,
+                "rung": contender.rung,
+                "ours": contender.tuning is None,
+                **figures(seconds, contender.name),
+            }
+            for contender in contenders
+        ],
+    }
+    show(result)
+    if config.output is not None:
+        results.save(result, config.output)
+    return result
+
+
+def figures(seconds: dict[str, list[Seconds]], name: str) -> dict[str, Any]:
+    """Of one contender: milliseconds per step, and how many times as fast as the plain and the tuned peer."""
+    wall, cpu = ([1e3 * taken for taken in column] for column in zip(*seconds[name], strict=True))
+    low, _, high = statistics.quantiles(wall, n=4) if len(wall) > 1 else 3 * wall
+    return {
+        "ms": statistics.median(wall),
+        "ms_quartiles": [low, high],
+        "cpu_ms": statistics.median(cpu),
+        **{
+            f"over_{peer}": {
+                clock: speedup(
+                    (getattr(taken, clock) for taken in seconds[f"{peer} PyTorch"]),
+                    (getattr(taken, clock) for taken in seconds[name]),
+                )
+                for clock in Seconds._fields
+            }
+            for peer in ("plain", "tuned")
+        },
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    conditions, environment = result["conditions"], result["environment"]
+    where = (environment["gpu"] or environment["cpu"])["name"]
+    print(f"{conditions['preset']}, batch {conditions['batch_size']}, {where}: a step in ms, in turns")
+    print(
+        f"{'':28}{'median':>9}{'quartiles':>16}{'CPU time':>10}   times as fast as plain / tuned (CPU time)"
+    )
+    for row in result["figures"]:
+        quartiles = " - ".join(f"{value:.1f}" for value in row["ms_quartiles"])
+        plain, tuned = row["over_plain"], row["over_tuned"]
+        print(
+            f"{row['name']:28}{row['ms']:9.1f}{quartiles:>20}{row['cpu_ms']:10.1f}   "
+            f"{plain['wall']:.2f} / {tuned['wall']:.2f} ({plain['cpu']:.2f} / {tuned['cpu']:.2f})"
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    cli.run(CompareConfig, compare, argv)
+
+
+if __name__ == "__main__":
+    main()
