@@ -1,5 +1,6 @@
-"""Every command in the documentation exists and takes the flags that it is shown with."""
+"""Every command in the documentation exists and takes its flags, and the page of options is complete."""
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -9,6 +10,11 @@ import pytest
 import tyro
 
 from fastpix2pix import cli
+from fastpix2pix.config import TrainConfig
+from fastpix2pix.doctor import DoctorConfig
+from fastpix2pix.export import ExportConfig
+from fastpix2pix.report import ReportConfig
+from fastpix2pix.translate import TranslateConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,3 +57,32 @@ def test_there_are_commands_to_test():
 def test_links_between_pages(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+CONFIGURATIONS = {
+    "train": TrainConfig,
+    "translate": TranslateConfig,
+    "export": ExportConfig,
+    "report": ReportConfig,
+    "doctor": DoctorConfig,
+}
+
+
+def test_page_of_options_names_each_with_its_default():
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    written, command = {}, ""
+    for line in page.splitlines():
+        if named := re.match(r"`python -m fastpix2pix\.(\w+)`", line):
+            command = named[1]
+        elif line.startswith("| `--"):
+            flags, defaults = (re.findall(r"`([^`]*)`|(required)", cell) for cell in line.split("|")[1:3])
+            defaults = [code or word for code, word in defaults] or [""] * len(flags)
+            written |= {(command, flag): default for (flag, _), default in zip(flags, defaults, strict=True)}
+    expected = {}
+    for command, configuration in CONFIGURATIONS.items():
+        for field in dataclasses.fields(configuration):
+            required = field.default is dataclasses.MISSING
+            absent = field.default is None or field.default is False
+            value = "required" if required else "" if absent else str(field.default)
+            expected[command, f"--{field.name}"] = value
+    assert written == expected

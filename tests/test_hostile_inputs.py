@@ -262,6 +262,7 @@ NO_ARCHIVES = {
     "pax header of nonsense": gzip.compress(tar(member("pax", b"99999 x=1\n", type=tarfile.XHDTYPE), *PAIRS)),
     "pax header without a length": gzip.compress(tar(member("pax", b"path=../x", type=tarfile.XHDTYPE))),
     "long name of 8 MiB": gzip.compress(tar(member("././@LongLink", bytes(8 * 2**20), type=b"L"), *PAIRS)),
+    "padding of 8 MiB": gzip.compress(TAR + bytes(8 * 2**20)),
     "a pair of 8 MiB": gzip.compress(tar(*PAIRS, member("facades/train/9.jpg", bytes(8 * 2**20)))),
     "the same pair twice": gzip.compress(tar(*PAIRS, PAIRS[0])),
     "a name that is too long": gzip.compress(tar(*PAIRS, member(f"facades/train/{'n' * 300}.jpg"))),
