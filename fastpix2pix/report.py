@@ -272,7 +272,7 @@ svg text { fill: var(--faint); }
 .curve { fill: none; stroke: var(--accent); stroke-width: 1.8; stroke-linejoin: round; }
 .band { fill: var(--accent); opacity: .2; }
 path.reference { stroke: var(--ink); stroke-dasharray: 5 4; opacity: .65; }
-svg text.reference { fill: var(--ink); }
+svg text.reference { fill: var(--ink); stroke: var(--card); stroke-width: 4px; paint-order: stroke; }
 .strip { display: flex; gap: .9rem; overflow-x: auto; padding: .5rem 0; }
 .strip img { height: min(32rem, 70vh); width: auto; border-radius: 4px; }
 .strip figcaption { text-align: center; color: var(--faint); padding-top: .3rem; }

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fastpix2pix import cli
 from fastpix2pix.data.loader import Direction
-from fastpix2pix.data.pairs import EXTENSIONS, FORMATS, UNREADABLE, read_rgb
+from fastpix2pix.data.pairs import EXTENSIONS, FORMATS, UNREADABLE, natural_order, read_rgb
 from fastpix2pix.errors import UserError
 from fastpix2pix.gallery import Entry, write_gallery
 from fastpix2pix.metrics import image_metrics
@@ -97,15 +97,15 @@ class Source:
 
 
 def find_sources(path: Path) -> list[Source]:
-    """The picture at ``path``, or the pictures directly in the folder ``path``, judged by their headers.
+    """The picture at ``path``, or those directly in the folder ``path`` in natural order, by their headers.
 
     Raises UserError when there is none, or one is not a JPEG or PNG.
     """
     try:
         files = [path]
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
-            files = [file for file in files if file.suffix.lower() in EXTENSIONS]
+            files = [file for file in path.iterdir() if not file.name.startswith(".")]
+            files = sorted((f for f in files if f.suffix.lower() in EXTENSIONS), key=natural_order)
         if not files:
             raise UserError(f"{path}: holds no {', '.join(EXTENSIONS)} file; give images or their folder")
         unambiguous = len({file.stem for file in files}) == len(files)

@@ -267,6 +267,15 @@ def test_pairs_are_translated_and_measured(run, tmp_path, capsys, direction):
     assert len(contents(found)) == 3 * len(names) + 2 and (found / "index.html").is_file()
 
 
+def test_gallery_is_in_natural_order(run, tmp_path, capsys):
+    pairs = save_pairs(tmp_path / "pairs", ["10", "2", "1", "b", "a3"])
+    run_command(capsys, "--run", run, "--input", pairs, "--output", tmp_path / "out")
+    names = re.findall(r'data-name="(.*?)"', (tmp_path / "out/index.html").read_text())
+    assert names == ["1", "2", "10", "a3", "b"]
+    table = (tmp_path / "out/metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in table[1:]] == names
+
+
 def test_images_without_a_target(run, tmp_path, capsys):
     folder = tmp_path / "in"
     folder.mkdir()

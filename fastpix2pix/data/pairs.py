@@ -160,13 +160,15 @@ def _images(folder: Path) -> list[Path]:
     files = [p for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")]
     if not files:
         raise UserError(f"{folder}: holds no {', '.join(EXTENSIONS)} file; put the pairs there")
-    return sorted(files, key=lambda p: (_natural(p.name), p.name))
+    return sorted(files, key=natural_order)
 
 
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """Sort key under which digits compare as numbers, and before letters."""
-    parts = [part for part in re.split(r"([0-9]+)", name) if part]
-    return [(False, int(part), "") if part[0] in "0123456789" else (True, 0, part) for part in parts]
+def natural_order(path: Path) -> tuple[list[tuple[bool, int, str]], str]:
+    """Sort key of file names under which digits compare as numbers, and before letters."""
+    parts = [part for part in re.split(r"([0-9]+)", path.name) if part]
+    return [
+        (False, int(part), "") if part[0] in "0123456789" else (True, 0, part) for part in parts
+    ], path.name
 
 
 def _match(a: Path, b: Path) -> list[tuple[Path, Path]]:
