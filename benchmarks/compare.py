@@ -14,13 +14,10 @@ from typing import Any, Literal
 import torch
 
 from benchmarks import results
-from benchmarks.contenders import Entrant, field
-from benchmarks.timing import Seconds, interleaved, speedup
+from benchmarks.contenders import field, race
+from benchmarks.timing import Seconds, speedup
 from fastpix2pix import cli
 from fastpix2pix.config import TrainConfig
-
-STEPS_ON_GPU = 20
-WARM_UP_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -49,15 +46,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     network = TrainConfig(preset=config.preset, batch_size=config.batch_size)
     contenders = field(device, compiled=config.compiled)
     environment = results.environment(device)
-    entrants = {contender.name: Entrant(contender, network, device) for contender in contenders}
-    for entrant in entrants.values():
-        for _ in range(WARM_UP_STEPS):
-            entrant.step()
-    seconds = interleaved(
-        {name: entrant.step for name, entrant in entrants.items()},
-        config.rounds,
-        STEPS_ON_GPU if device.type == "cuda" else 1,
-    )
+    seconds = race(contenders, network, device, config.rounds)
     result = {
         "what": "comparison",
         "environment": environment,

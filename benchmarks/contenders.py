@@ -1,12 +1,12 @@
 """Who takes part: ways to run one training step, from what everybody writes to ours, on the same weights."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from benchmarks.peers import FUSED, PLAIN, PeerStep, Tuning, tuned
+from benchmarks.timing import Seconds, interleaved
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.graph import CapturedStep, set_float32_math
 from fastpix2pix.models import build_networks
@@ -29,6 +29,13 @@ class Contender:
     precision: str = "fp32"
     captured: bool = False
 
+    @property
+    def arithmetic(self) -> str:
+        """Of the convolutions, on a GPU: unless told otherwise, PyTorch has those of float32 use tf32."""
+        if self.tuning is None:
+            return self.precision
+        return {None: "tf32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.tuning.autocast]
+
 
 def field(device: torch.device, *, compiled: bool = False) -> list[Contender]:
     """All that make sense on ``device``, slowest first as one expects it."""
@@ -49,17 +56,19 @@ def field(device: torch.device, *, compiled: bool = False) -> list[Contender]:
 def ours(device: torch.device) -> list[Contender]:
     """Our step in fp32 and, where it is another, in the precision that training would choose."""
     best = choose_precision(None, device)
-    if device.type != "cuda":
-        return [
-            Contender(f"fastpix2pix {precision}", f"our step, {precision}", precision=precision)
-            for precision in dict.fromkeys(("fp32", best))
-        ]
-    return [
-        Contender(f"fastpix2pix {precision}{', ' * captured}{'captured' * captured}",
-                  f"our step, {precision}{', captured graph' * captured}",
-                  precision=precision, captured=captured)
-        for precision, captured in (("fp32", True), ("tf32", True), (best, False), (best, True))
-    ]  # fmt: skip
+    if device.type == "cuda":
+        return [_ours("fp32", True), _ours("tf32", True), _ours(best, False), _ours(best, True)]
+    return [_ours(precision, False) for precision in dict.fromkeys(("fp32", best))]
+
+
+def _ours(precision: str, captured: bool) -> Contender:
+    graph = ", captured" if captured else ""
+    return Contender(
+        f"fastpix2pix {precision}{graph}",
+        f"fused ops, one look of D, master Adam: {precision}{graph}",
+        precision=precision,
+        captured=captured,
+    )
 
 
 class Entrant:
@@ -72,23 +81,37 @@ class Entrant:
     def __init__(self, contender: Contender, config: TrainConfig, device: torch.device, pairs: int = 4):
         config = replace(config, precision=contender.precision)
         networks = build_networks(config, device)
-        dtype, layout = WORKING_TYPES[contender.precision], torch.channels_last
-        self._precision = contender.precision
-        set_float32_math(self._precision)
-        self._step: Callable[[Tensor, Tensor], object]
+        layout = torch.channels_last
         if contender.tuning is None:
-            self._step = TrainStep(*networks, config)
-            if contender.captured:
-                self._step = CapturedStep(self._step)
+            step = TrainStep(*networks, config)
+            self._step = CapturedStep(step) if contender.captured else step
         else:
             self._step = PeerStep(config, contender.tuning, device).load_ours(*networks)
             layout = torch.channels_last if contender.tuning.channels_last else torch.contiguous_format
+        dtype = WORKING_TYPES[contender.precision]
         self._pairs = [
             [image.to(device, dtype, memory_format=layout) for image in pair]
             for pair in random_pairs(config, pairs)
         ]
-        self._taken = 0
+        self._arithmetic, self._taken = contender.arithmetic, 0
 
     def step(self) -> object:
+        set_float32_math(self._arithmetic)  # a setting of the process, which others have changed
         self._taken += 1
         return self._step(*self._pairs[self._taken % len(self._pairs)])
+
+
+WARM_UP_STEPS = 3
+STEPS_ON_GPU = 20  # timed together
+
+
+def race(
+    contenders: Sequence[Contender], config: TrainConfig, device: torch.device, rounds: int
+) -> dict[str, list[Seconds]]:
+    """What a step takes each contender, in every round, after a warm-up."""
+    entrants = {contender.name: Entrant(contender, config, device) for contender in contenders}
+    for entrant in entrants.values():
+        for _ in range(WARM_UP_STEPS):
+            entrant.step()
+    steps = {name: entrant.step for name, entrant in entrants.items()}
+    return interleaved(steps, rounds, STEPS_ON_GPU if device.type == "cuda" else 1)

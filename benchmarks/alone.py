@@ -1,0 +1,53 @@
+"""One contender in a process of its own: when its first step is done, and how much memory it takes.
+
+    python -m benchmarks.alone "tuned PyTorch"
+
+Prints JSON: seconds from the start of this program, without Python's own, to the imports' end and to the
+losses of the first step; peak memory after three steps in MB, on a GPU PyTorch's there, else the process's
+beyond what it had after its imports.
+"""
+
+import time
+
+BEGAN = time.perf_counter()
+
+import json  # noqa: E402 (PyTorch's import takes seconds, which count)
+import sys  # noqa: E402
+
+import torch  # noqa: E402
+
+from benchmarks.contenders import Entrant, field  # noqa: E402
+from benchmarks.timing import clock  # noqa: E402
+from fastpix2pix.config import TrainConfig  # noqa: E402
+
+STEPS = 3
+
+
+def _resident_peak() -> int:
+    """Bytes."""
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main(name: str) -> None:
+    imported = clock()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    before = 0 if device.type == "cuda" else _resident_peak()
+    contender = next(one for one in field(device) if one.name == name)
+    entrant = Entrant(contender, TrainConfig(), device)
+    entrant.step()
+    first = clock()
+    for _ in range(STEPS - 1):
+        entrant.step()
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident_peak()
+    answer = {
+        "imports_s": imported - BEGAN,
+        "first_step_s": first - BEGAN,
+        "peak_memory_mb": (peak - before) / 1e6,
+    }
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
