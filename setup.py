@@ -29,6 +29,6 @@ setup(
     extras_require={
         "export": ["onnx>=1.15", "onnxruntime>=1.17"],
         "test": ["pytest>=8", "hypothesis>=6.100", "onnx>=1.15", "onnxruntime>=1.17"],
-        "bench": ["pytest>=8", "pytest-benchmark>=4"],
+        "bench": ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.7"],
     },
 )

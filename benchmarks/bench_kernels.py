@@ -161,24 +161,25 @@ def adam_calls(count: int) -> Calls:
     weight = torch.zeros(count, device=DEVICE, requires_grad=True)
     weight.grad = gradient.float()
 
-    def ours() -> None:
+    def ours() -> Tensor:
         adam.advance(ticking, form)
         adam.update([master], [gradient], [exp_avg], [exp_avg_sq], workings, ticking, form)
+        return master
 
-    def by_reference() -> None:
+    def by_reference() -> Tensor:
         ticking.step.add_(1)
-        time = {"lr": ticking.lr, "step": ticking.step}
-        reference.adam_step(
-            master, gradient, exp_avg, exp_avg_sq, working, **time, **form._asdict()
-        )  # fmt: skip
+        now = {"lr": ticking.lr, "step": ticking.step}
+        reference.adam_step(master, gradient, exp_avg, exp_avg_sq, working, **now, **form._asdict())
+        return master
 
-    def by(**choice: bool) -> Callable[[], None]:
+    def by(**choice: bool) -> Callable[[], Tensor]:
         optimizer = torch.optim.Adam([weight], 2e-4, (0.5, 0.999), 1e-7, capturable=ON_GPU, **choice)
 
-        def call() -> None:
+        def call() -> Tensor:
             optimizer.step()
             if working is not None:
                 working.copy_(weight.detach())  # autocast's share
+            return weight
 
         return call
 
