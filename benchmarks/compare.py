@@ -60,7 +60,6 @@ def compare(config: CompareConfig) -> dict[str, Any]:
             {
                 "name": contender.name,
                 "rung": contender.rung,
-                "ours": contender.tuning is None,
                 **figures(seconds, contender.name),
             }
             for contender in contenders

@@ -56,19 +56,25 @@ def field(device: torch.device, *, compiled: bool = False) -> list[Contender]:
 def ours(device: torch.device) -> list[Contender]:
     """Our step in fp32 and, where it is another, in the precision that training would choose."""
     best = choose_precision(None, device)
-    if device.type == "cuda":
-        return [_ours("fp32", True), _ours("tf32", True), _ours(best, False), _ours(best, True)]
-    return [_ours(precision, False) for precision in dict.fromkeys(("fp32", best))]
-
-
-def _ours(precision: str, captured: bool) -> Contender:
-    graph = ", captured" if captured else ""
-    return Contender(
-        f"fastpix2pix {precision}{graph}",
-        f"fused ops, one look of D, master Adam: {precision}{graph}",
-        precision=precision,
-        captured=captured,
-    )
+    if device.type != "cuda":
+        rung = "fastpix2pix: convolutions as products of tiles, one pass of D"
+        return [
+            Contender(f"fastpix2pix {precision}", f"{rung}, {precision}", precision=precision)
+            for precision in dict.fromkeys(("fp32", best))
+        ]
+    rung = "fastpix2pix: fused epilogues, one pass of D, master Adam"
+    return [
+        Contender(f"fastpix2pix {best}", f"{rung}, {best}", precision=best),
+        *(
+            Contender(
+                f"fastpix2pix {precision}, captured",
+                f"{rung}, captured graph, {precision}",
+                precision=precision,
+                captured=True,
+            )
+            for precision in ("fp32", "tf32", best)
+        ),
+    ]
 
 
 class Entrant:

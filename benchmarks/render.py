@@ -5,6 +5,7 @@
 Every figure in that section comes from there. Those of a model are called so.
 """
 
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,19 +35,12 @@ def hardware(result: Result) -> str:
 
 
 def circumstances(result: Result) -> str:
-    """Date and commit, and whether the machine had other work to do."""
+    """Commit and date, and whether the machine had other work to do."""
     environment = result["environment"]
-    cpu = environment["cpu"]
-    busy = ""
+    cpu, busy = environment["cpu"], ""
     if cpu["load"] is not None and cpu["load"] > cpu["cores"] / 2:
-        busy = f"; other programs kept the machine busy (load {cpu['load']}), which stretches every time"
-    return f"{environment['date']}, commit {environment['commit']}{busy}"
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    header = list(header)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        busy = f", beside other programs that kept the machine busy (load {cpu['load']})"
+    return f"commit {environment['commit']}, {environment['date']}{busy}"
 
 
 def images(result: Result) -> str:
@@ -55,99 +49,126 @@ def images(result: Result) -> str:
     return f"{preset}, batch {batch_size}, {side}x{side}"
 
 
+def number(value: float) -> str:
+    """Three digits, or as many as there are before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def paragraph(text: str) -> str:
+    return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def emphasised(name: str) -> str:
+    return f"**{name}**" if name.startswith("fastpix2pix") else name
+
+
 # ---------------------------------------------------------------------------------------------- sections
 
 
-def comparison(result: Result) -> str:
+def comparison(result: Result) -> list[str]:
     """One training step: contenders in turns."""
+    words = (
+        f"Measured: a step of {images(result)}, on {hardware(result)} ({circumstances(result)}). From the "
+        "same weights, in turns in one process; medians of "
+        f"{result['conditions']['rounds']} rounds, and how many times as fast within a round."
+    )
     rows = [
         (
-            f"**{row['name']}**" if row["ours"] else row["name"],
-            f"{row['ms']:.3g}",
+            emphasised(row["name"]),
+            number(row["ms"]),
             f"{row['over_plain']['wall']:.2f}",
             f"{row['over_tuned']['wall']:.2f}",
-            f"{row['over_plain']['cpu']:.2f}",
-            f"{row['over_tuned']['cpu']:.2f}",
         )
         for row in result["figures"]
     ]
-    header = ("measured step", "ms", "x plain", "x tuned", "x plain, CPU time", "x tuned, CPU time")
-    return (
-        f"Measured: {images(result)}, on {hardware(result)} ({circumstances(result)}). Full networks, from "
-        "the same weights, in turns in one process; medians of "
-        f"{result['conditions']['rounds']} rounds, and how many times as fast within a round."
-        f"\n\n{table(header, rows)}"
-    )
+    return [paragraph(words), table(("measured", "ms", "x plain", "x tuned"), rows)]
 
 
-def suite(result: Result) -> str:
+def suite(result: Result) -> list[str]:
     """Loader, epoch, first step and memory, from a run of the pytest suites."""
     rows = []
     for benchmark in result["benchmarks"]:
         extra, case = benchmark["extra_info"], benchmark["name"].partition("[")[2].rstrip("]")
         if "pairs_per_s" in extra:
-            loader = f"loader alone, {case.replace('-', ', ', 1)}"
-            rows.append((loader, f"{extra['pairs_per_s']:.3g} pairs/s"))
+            kind, _, memory = case.partition("-")
+            rows.append((f"loader alone, {kind}, {memory}", f"{number(extra['pairs_per_s'])} pairs/s"))
         if "waiting_for_data_share" in extra:
             share = f"{100 * extra['waiting_for_data_share']:.2f} %"
-            rows.append((f"waiting for data, {benchmark['group']}, {case}", share))
+            rows.append((f"waiting for data in {benchmark['group']}, {case}", share))
         if "first_step_s" in extra:
-            rows.append((f"from start to first step done, {case}", f"{extra['first_step_s']:.3g} s"))
-            rows.append((f"peak memory of training, {case}", f"{extra['peak_memory_mb'] / 1e3:.2f} GB"))
-    return (
-        f"Measured around the step, on {hardware(result)} ({circumstances(result)}):\n\n"
-        f"{table(('around the step', 'measured'), rows)}"
-    )
+            rows.append((f"{case}: from its start to the first step's end", f"{extra['first_step_s']:.1f} s"))
+            rows.append((f"{case}: peak memory", f"{extra['peak_memory_mb'] / 1e3:.2f} GB"))
+    words = f"Measured around the step, on {hardware(result)} ({circumstances(result)}):"
+    return [paragraph(words), table(("measured", ""), rows)]
 
 
-def model(result: Result) -> str:
-    """What the roofline says of four GPUs."""
-    gpus, assumed = result["model"], result["assumed"]
-    rows = [
-        (
-            f"**{name}**" if name == "fastpix2pix" else name,
-            str(row["operators"]),
-            f"{row['operands_gb']:.2f}",
-            *(f"{gpu['steps'][name]['ms']:.2f}" for gpu in gpus.values()),
-        )
-        for name, row in gpus[COUNTED]["steps"].items()
-    ]
-    header = ("step", "operators", "GB", *(f"{name} (model), ms" for name in gpus))
-    return (
-        f"Counted and modelled, not measured: {images(result)}. Operators, and the bytes of their operands, "
-        "are counted by tracing a step, plain PyTorch in fp32, the others in 16 bits. Milliseconds are a "
-        "model: published bandwidth and arithmetic rates, every operand through memory, "
+def model(rooflines: list[Result]) -> list[str]:
+    """What the rooflines say of GPUs."""
+    assumed = rooflines[0]["assumed"]
+    words = (
+        "Counted, and a model; not measured. Operators, and the bytes of their operands, are counted by "
+        f"tracing a step, plain PyTorch in fp32, the others in {rooflines[0]['model'][COUNTED]['sixteen']}. "
+        "Milliseconds are a model: published bandwidth and arithmetic rates, every operand through memory, "
         f"{assumed['eager_operator_us']:g} us of the host for each operator of an eager step, "
         f"{assumed['captured_launch_us']:g} us between the launches of our captured one."
-        f"\n\n{table(header, rows)}"
     )
-
-
-def roofline(result: Result) -> str:
-    """How far measured steps are from their floor; for results of a GPU."""
-    rates = ", ".join(f"{name} {value:.0f}" for name, value in result["rates"].items())
     rows = [
-        (row["name"], f"{row['ms']:.3g}", f"{row['floor_ms']:.3g}", f"{row['over_floor']:.2f}")
+        (
+            f"{images(result)}: {emphasised(name)}",
+            str(row["operators"]),
+            f"{row['operands_gb']:.2f}",
+            *(f"{gpu['steps'][name]['ms']:.2f}" for gpu in result["model"].values()),
+        )
+        for result in rooflines
+        for name, row in result["model"][COUNTED]["steps"].items()
+    ]
+    gpus = (f"{name}, ms (model)" for name in rooflines[0]["model"])
+    return [paragraph(words), table(("step", "operators", "GB", *gpus), rows)]
+
+
+def over_floor(result: Result) -> list[str]:
+    """How far the steps measured on a GPU are from their floor."""
+    rates = ", ".join(f"{name} {number(value)}" for name, value in result["rates"].items())
+    words = (
+        f"Measured against the model with the rates of this very GPU ({rates}): {images(result)}, on "
+        f"{hardware(result)} ({circumstances(result)})."
+    )
+    rows = [
+        (emphasised(row["name"]), number(row["ms"]), number(row["floor_ms"]), f"{row['over_floor']:.2f}")
         for row in result["measured"]
     ]
-    header = ("step", "ms, measured", "ms, model's floor", "measured / floor")
-    return (
-        f"Measured against the model's floor: {images(result)}, on {hardware(result)} "
-        f"({circumstances(result)}); rates measured there: {rates}.\n\n{table(header, rows)}"
-    )
+    return [paragraph(words), table(("step", "ms, measured", "ms (model)", "measured / model"), rows)]
 
 
 def section(all_results: list[Result]) -> str:
     """The part of README between the two marks."""
-    of = {what: [r for r in all_results if r["what"] == what] for what in ("comparison", "suite", "roofline")}
-    parts = [comparison(result) for result in of["comparison"]]
+    of = kinds(all_results)
+    parts = [part for result in of["comparison"] for part in comparison(result)]
     if not any(result["environment"]["gpu"] for result in of["comparison"]):
         parts.append("Nothing here was measured on a GPU yet.")
-    parts += [roofline(result) for result in of["roofline"] if "measured" in result]
-    parts += [model(result) for result in of["roofline"]]
-    parts += [suite(result) for result in of["suite"]]
-    parts.append(f"![The same as bars]({PLOT.relative_to(README.parent).as_posix()})")
+    parts += [part for result in of["roofline"] if "measured" in result for part in over_floor(result)]
+    if of["roofline"]:
+        parts += model(of["roofline"])
+    parts += [part for result in of["suite"] for part in suite(result)]
+    parts.append(f"![Milliseconds per step, measured and modelled]({PLOT.relative_to(ROOT).as_posix()})")
     return "\n\n".join(parts)
+
+
+def kinds(all_results: list[Result]) -> dict[str, list[Result]]:
+    """Results by what they are, the default preset first."""
+    by_preset = sorted(
+        all_results, key=lambda result: result.get("conditions", {}).get("preset") != "tutorial"
+    )
+    return {
+        what: [result for result in by_preset if result["what"] == what]
+        for what in ("comparison", "suite", "roofline")
+    }
 
 
 def replaced(text: str, new: str) -> str:
@@ -160,19 +181,21 @@ def replaced(text: str, new: str) -> str:
 # -------------------------------------------------------------------------------------------------- plot
 
 
-def ladders(all_results: list[Result]) -> list[tuple[str, list[tuple[str, float, bool]]]]:
-    """For each panel its title, and (rung, ms, ours) from the top down."""
+def ladders(all_results: list[Result]) -> list[tuple[str, list[tuple[str, float]]]]:
+    """For each panel its title, and (rung, ms) from the top down: the default preset at batch 1."""
     panels = []
-    for result in all_results:
-        if result["what"] == "comparison":
-            device = result["environment"]["gpu"] or result["environment"]["cpu"]
-            rungs = [(row["rung"], row["ms"], row["ours"]) for row in result["figures"]]
-            panels.append((f"measured: {images(result)}, {device['name']}", rungs))
-    for result in all_results:
-        if result["what"] == "roofline":
-            for name, gpu in result["model"].items():
-                rungs = [(who, row["ms"], who == "fastpix2pix") for who, row in gpu["steps"].items()]
-                panels.append((f"model: {images(result)}, {name}", rungs))
+    for what, some in kinds(all_results).items():
+        for result in some:
+            if result.get("conditions") is None or not images(result).startswith("tutorial, batch 1,"):
+                continue
+            if what == "comparison":
+                device = result["environment"]["gpu"] or result["environment"]["cpu"]
+                rungs = [(row["rung"], row["ms"]) for row in result["figures"]]
+                panels.append((f"measured: {images(result)}, {device['name']}", rungs))
+            else:
+                for name, gpu in result["model"].items():
+                    rungs = [(who, row["ms"]) for who, row in gpu["steps"].items()]
+                    panels.append((f"model: {images(result)}, {name}", rungs))
     return panels
 
 
@@ -182,18 +205,19 @@ def plot(all_results: list[Result], path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    matplotlib.rcParams |= {"svg.hashsalt": "fastpix2pix", "font.size": 9}
+    matplotlib.rcParams |= {"svg.hashsalt": "fastpix2pix", "svg.fonttype": "none", "font.size": 9}
     panels = ladders(all_results)
     heights = [len(rungs) for _, rungs in panels]
     size = (8, 0.6 * len(panels) + 0.32 * sum(heights))
     figure, axes = pyplot.subplots(len(panels), figsize=size, height_ratios=heights, squeeze=False)
     for axis, (title, rungs) in zip(axes[:, 0], panels, strict=True):
-        names, values, ours = zip(*rungs, strict=True)
-        bars = axis.barh(names, values, color=["tab:green" if mine else "tab:gray" for mine in ours])
-        axis.bar_label(bars, fmt="%.3g ms", padding=3)
+        names, values = zip(*rungs, strict=True)
+        colors = ["tab:green" if name.startswith("fastpix2pix") else "tab:gray" for name in names]
+        bars = axis.barh(names, values, color=colors)
+        axis.bar_label(bars, [f"{number(value)} ms" for value in values], padding=3)
         axis.invert_yaxis()
         axis.set_title(title, loc="left", fontsize=9)
-        axis.set_xlim(0, 1.15 * max(values))
+        axis.set_xlim(0, 1.2 * max(values))
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
