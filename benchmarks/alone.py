@@ -39,7 +39,7 @@ def main(name: str) -> None:
     imported = clock()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = 0 if device.type == "cuda" else _resident_peak()
-    contender = next(one for one in field(device) if one.name == name)
+    contender = next(one for one in field(device, compiled=True) if one.name == name)
     entrant = Entrant(contender, TrainConfig(), device)
     entrant.step()
     first = clock()

@@ -110,12 +110,14 @@ def suite(result: Result) -> list[str]:
 
 def model(rooflines: list[Result]) -> list[str]:
     """What the rooflines say of GPUs."""
-    assumed = rooflines[0]["assumed"]
+    assumed, gpus = rooflines[0]["assumed"], rooflines[0]["model"]
+    counted = gpus[COUNTED]["sixteen"]
+    others = (f", {gpu['sixteen']} on the {name}" for name, gpu in gpus.items() if gpu["sixteen"] != counted)
     words = (
         "Counted, and a model; not measured. Operators, and the bytes of their operands, are counted by "
-        f"tracing a step, plain PyTorch in fp32, the others in {rooflines[0]['model'][COUNTED]['sixteen']}. "
-        "Milliseconds are a model: published bandwidth and arithmetic rates, every operand through memory, "
-        f"{assumed['eager_operator_us']:g} us of the host for each operator of an eager step, "
+        f"tracing a step, plain PyTorch in fp32, the others in {counted}. Milliseconds are a model "
+        f"({counted}{''.join(others)}): published bandwidth and arithmetic rates, every operand through "
+        f"memory, {assumed['eager_operator_us']:g} us of the host for each operator of an eager step, "
         f"{assumed['captured_launch_us']:g} us between the launches of our captured one."
     )
     rows = [
@@ -128,8 +130,8 @@ def model(rooflines: list[Result]) -> list[str]:
         for result in rooflines
         for name, row in result["model"][COUNTED]["steps"].items()
     ]
-    gpus = (f"{name}, ms (model)" for name in rooflines[0]["model"])
-    return [paragraph(words), table(("step", "operators", "GB", *gpus), rows)]
+    header = ("step", "operators", "GB", *(f"{name}, ms (model)" for name in gpus))
+    return [paragraph(words), table(header, rows)]
 
 
 def over_floor(result: Result) -> list[str]:

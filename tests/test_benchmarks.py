@@ -1,11 +1,17 @@
 """The benchmarks' own truth: the peers compute what we compute, and traffic is counted by its rules."""
 
+import json
+import platform
+import re
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import traffic
+from benchmarks import compare, render, results, roofline, timing, traffic
+from benchmarks.contenders import Entrant, field
 from benchmarks.peers import PLAIN, PeerStep, tuned
+from benchmarks.timing import Seconds
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.kernels import launch
 from fastpix2pix.models import build_networks
@@ -87,13 +93,13 @@ def test_operands_and_movement():
 def test_convolutions_are_counted_and_not_computed():
     x = torch.ones(1, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     weight = torch.ones(5, 3, 4, 4, requires_grad=True)
-    results = []
-    (entry,) = traced(lambda: results.append(F.conv2d(x, weight, stride=2, padding=1)))
+    made = []
+    (entry,) = traced(lambda: made.append(F.conv2d(x, weight, stride=2, padding=1)))
     assert entry.kind == "convolution"
     assert entry.flops == 2 * (4 * 4) * 5 * (3 * 4 * 4)  # a multiplication and an addition a tap
     assert entry.operands == entry.moved == 4 * (3 * 64 + 5 * 48 + 5 * 16)
-    assert results[0].shape == (1, 5, 4, 4) and not results[0].any()
-    assert results[0].is_contiguous(memory_format=torch.channels_last)
+    assert made[0].shape == (1, 5, 4, 4) and not made[0].any()
+    assert made[0].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
@@ -154,3 +160,177 @@ def test_float32_is_traced_as_a_gpu_runs_it():
         counts.append(traffic.summary(traffic.trace_ours(config))["convolution"])
     assert counts[0]["operators"] == counts[1]["operators"]
     assert counts[0]["operands_gb"] == 2 * counts[1]["operands_gb"]
+
+
+# ------------------------------------------------------------------------------------------ measurements
+
+
+@pytest.mark.parametrize("preset", ["tutorial", "junyanz"])
+def test_contenders_start_from_the_same_weights_on_the_same_images(preset):
+    config = miniature(preset, ngf=8, ndf=8)
+    contenders = field(torch.device("cpu"))
+    assert [contender.tuning is None for contender in contenders].count(False) >= 3
+
+    def first_losses(contender):
+        losses = Entrant(contender, config, torch.device("cpu")).step()
+        return torch.stack(list(losses.values() if isinstance(losses, dict) else losses))
+
+    first, *others = map(first_losses, contenders)
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-6)
+
+
+def test_ratios_do_not_drift_with_the_machine(monkeypatch):
+    """In every round all calls have their turn; a machine that gets slower and slower changes no ratio."""
+    now, made = 0.0, []
+
+    def call(name, seconds):
+        def work():
+            nonlocal now
+            made.append(name)
+            now += seconds * (1 + len(made))
+
+        return work
+
+    monkeypatch.setattr(timing, "clock", lambda: now)
+    seconds = timing.interleaved({"slow": call("slow", 3), "fast": call("fast", 1)}, rounds=400, times=2)
+    rounds = {tuple(made[i : i + 4]) for i in range(0, len(made), 4)}
+    assert len(made) == 400 * 4
+    assert rounds == {("slow", "slow", "fast", "fast"), ("fast", "fast", "slow", "slow")}
+    slow, fast = ([taken.wall for taken in seconds[name]] for name in ("slow", "fast"))
+    assert fast[-1] > 100 * fast[0]
+    assert 2 * sum(slow + fast) == pytest.approx(now)
+    assert timing.speedup(slow, fast) == pytest.approx(3, rel=0.01)
+
+
+def test_comparison_figures():
+    seconds = {
+        "plain PyTorch": [Seconds(8, 80), Seconds(4, 40), Seconds(6, 60)],
+        "tuned PyTorch": [Seconds(4, 20), Seconds(4, 20), Seconds(9, 45)],
+        "ours": [Seconds(2, 4), Seconds(1, 2), Seconds(3, 6)],
+    }
+    figures = compare.figures(seconds, "ours")
+    assert (figures["ms"], figures["cpu_ms"]) == (2000, 4000)
+    assert figures["over_plain"] == {"wall": 4, "cpu": 20}  # of 4, 4, 2 and 20, 20, 10
+    assert figures["over_tuned"] == {"wall": 3, "cpu": 7.5}  # of 2, 4, 3 and 5, 10, 7.5
+
+
+def bench_kernels():
+    pytest.importorskip("pytest_benchmark")
+    from benchmarks import bench_kernels
+
+    return bench_kernels
+
+
+def _tensors(values):
+    return [value for value in torch.utils._pytree.tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize(
+    "case", ["norm_act down 16x16x512", "pixel_loss 256x256", "adam 512x512x4x4", "conv 8x8, 512 to 512",
+             "transposed conv 4x4, 1024 to 512"],
+)  # fmt: skip
+def test_what_is_timed_is_the_same_work(case):
+    """By whichever means; torch.compile and dropout aside, which run on a GPU or draw their own masks."""
+    bench = bench_kernels()
+    make, sides = (
+        (bench.CONVOLUTIONS[case], ("fastpix2pix", "torch")) if "conv" in case else bench.CASES[case]
+    )
+    made = {}
+    for side in set(sides) - {"torch.compile"}:
+        torch.manual_seed(0)
+        made[side] = _tensors(make()[side]())
+    expected = made.pop("fastpix2pix")
+    assert made and all(value.any() for value in expected)
+    for others in made.values():
+        for other, value in zip(others, expected, strict=True):
+            torch.testing.assert_close(other, value, rtol=1e-3, atol=2e-4 * value.abs().max().item())
+
+
+def test_the_gan_losses_that_are_timed_are_the_same():
+    calls = bench_kernels().gan_loss_calls()
+    ours, (disc, gen) = calls["fastpix2pix"](), calls["torch"]()
+    torch.testing.assert_close(disc[0], ours.disc_grad)
+    torch.testing.assert_close(gen[0][1:], ours.gen_grad)
+
+
+# ------------------------------------------------------------------------------------------------- model
+
+
+def entries(*figures):
+    return [traffic.Entry("x", "other", 0, moved, flops) for moved, flops in figures]
+
+
+def test_model_of_a_step():
+    """At 100 bytes and 10 operations a second: bound by memory, by arithmetic, by neither."""
+    step = entries((500, 20), (100, 40), (0, 0))
+    assert roofline.device_seconds(step, 100, 10) == 5 + 4
+    assert roofline.captured_seconds(step, 100, 10) == pytest.approx(9 + 3e-6 * roofline.CAPTURED_LAUNCH_US)
+    assert roofline.eager_seconds(step, 100, 10) == 9  # the host is done long before
+    assert roofline.eager_seconds(step, 1e12, 1e12) == pytest.approx(3e-6 * roofline.EAGER_OPERATOR_US)
+
+
+def test_measured_rates(monkeypatch):
+    """A clock that shows a second more whenever it is read: operations are divided by what passed."""
+    ticks = iter(range(1000))
+    monkeypatch.setattr(roofline, "clock", lambda: next(ticks))
+    device = torch.device("cpu")
+    assert roofline.copy_bandwidth.__wrapped__(device, size=1000) == 2000
+    assert roofline.matmul_rate.__wrapped__(device, "fp32", size=10) == 2 * 10**3
+
+
+# ----------------------------------------------------------------------------------------------- results
+
+
+def test_readme_says_what_was_measured():
+    text = render.README.read_text(encoding="utf-8")
+    assert text.count(render.BEGIN) == text.count(render.END) == 1
+    assert render.replaced(text, render.section(results.committed())) == text, (
+        "run python -m benchmarks.render"
+    )
+
+
+def test_committed_results_describe_themselves_and_no_machine():
+    committed = results.committed()
+    assert {result["what"] for result in committed} == {"comparison", "roofline", "suite"}
+    for result in committed:
+        environment = result["environment"]
+        assert environment["versions"]["torch"] and environment["commit"] and environment["date"]
+        assert environment["gpu"] or environment["cpu"]["name"]
+    text = json.dumps(committed)
+    assert not re.search(r"/(home|root|tmp|work|mnt|Users|opt|usr)\b|\"node\"|hostname", text)
+
+
+def test_a_modelled_time_is_called_so():
+    rows = {
+        who: {"operators": 3, "operands_gb": 1.0, "device_ms": 1.0, "ms": 2.0}
+        for who in ("plain PyTorch", "tuned PyTorch", "fastpix2pix")
+    }
+    result = {
+        "what": "roofline",
+        "conditions": {"preset": "tutorial", "batch_size": 1, "pixels": 256},
+        "assumed": {"eager_operator_us": 8.0, "captured_launch_us": 1.5},
+        "model": {name: {"sixteen": gpu.sixteen, "steps": rows} for name, gpu in roofline.GPUS.items()},
+    }
+    lines = render.section([result]).splitlines()
+    (header,) = (line for line in lines if "H100" in line)
+    assert header.count(", ms (model)") == len(roofline.GPUS)
+    assert "Nothing here was measured on a GPU yet." in lines
+    assert all(title.startswith("model: ") for title, _ in render.ladders([result]))
+
+
+def test_results_of_the_suites_do_not_name_the_host():
+    pytest.importorskip("cpuinfo")
+    from benchmarks.conftest import pytest_benchmark_update_json
+
+    output = {
+        "machine_info": {"node": platform.node()},
+        "commit_info": {"project": "folder"},
+        "datetime": "now",
+        "benchmarks": [{"name": "test_step", "stats": {"median": 1.23456789, "data": [1.0, 2.0]}}],
+    }
+    pytest_benchmark_update_json(output)
+    assert set(output) == {"what", "environment", "benchmarks"}
+    assert output["benchmarks"][0]["stats"] == {"median": 1.2346}
+    assert platform.node() not in json.dumps(output)
+    assert output["environment"]["cpu"]["threads"] == torch.get_num_threads()
