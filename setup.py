@@ -14,8 +14,8 @@ setup(
     packages=["fastpix2pix", "fastpix2pix.data", "fastpix2pix.interop", "fastpix2pix.kernels"],
     package_dir={"fastpix2pix.kernels": "kernels"},
     install_requires=[
-        "torch>=2.6",
-        'triton>=3.2; sys_platform == "linux"',
+        "torch>=2.8",
+        'triton>=3.4; sys_platform == "linux"',
         f"nvidia-dali-cuda120>=1.45; {HAS_DALI}",
         "numpy>=1.24",
         "Pillow>=9.5",

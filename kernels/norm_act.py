@@ -25,7 +25,6 @@ from fastpix2pix.kernels.launch import (
     FEW_PIXELS,
     WHOLE_BACKWARD,
     WHOLE_FORWARD,
-    Tile,
     as_pixels,
     cdiv,
     choose_tile,
@@ -51,13 +50,12 @@ from fastpix2pix.kernels.reference import (
 # An image is a matrix: its pixels, over the whole batch, are the rows and its channels the columns. Program
 # (i, j, k) works on the i-th chunk of pixels, the j-th block of channels and the k-th group.
 #
-# x, y, skip, dy, dskip, dx: ``Image``s. weight, bias, running_mean, running_var, dweight, dbias: (channels,)
-# or None. mean, rstd: (groups, channels), in the type that is computed in. partials: the workspace
-# (2, groups, chunks, channels) between two launches, in the same type. rng: the int64 pair (seed, step) of
-# the dropout, or None; layer: the layer's number in the dropout's counter.
+# x, y, skip, dy, dskip, dx: ``Image``s. parameters: ``Parameters``. saved: the ``Saved`` statistics. dropout:
+# a ``Dropout``. dweight, dbias: (channels,), or None if they are not wanted. partials: the ``Workspace``
+# between two launches.
 # pixels: rows of one group; chunk_pixels: of one program, apply_pixels: of one program of the second launch.
-# CONSTANTS: a ``Constants``. BLOCK_PIXELS, BLOCK_CHANNELS: the tile that a program holds in registers at a
-# time, see launch.py. BLOCK_CHUNKS: a power of two not below the number of chunks.
+# CONSTANTS: the layer's ``Constants``. TILE: what a program holds in registers at a time, see launch.py.
+# CHUNKS: a power of two not below the number of chunks.
 #
 # What is None and what is in capitals is known when a kernel is compiled: a layer pays for its own parts.
 
@@ -71,8 +69,46 @@ class Image(NamedTuple):
     stride: Any
 
 
-class Channelwise(NamedTuple):
-    """What a tile is normalised with: rows of one number per channel; None for a step that is left out."""
+class Parameters(NamedTuple):
+    """Pointers to (channels,) numbers, or None for those that there are not."""
+
+    weight: Any
+    bias: Any
+    running_mean: Any = None
+    running_var: Any = None
+
+
+class Saved(NamedTuple):
+    """Pointers to the (groups, channels) statistics that the backward pass needs; None without norm."""
+
+    mean: Any
+    rstd: Any
+
+
+class Dropout(NamedTuple):
+    """rng: pointer to the int64 pair (seed, step). layer: the layer's number in the dropout's counter."""
+
+    rng: Any
+    layer: Any
+
+
+class Workspace(NamedTuple):
+    """pointer: to (2, groups, chunks, channels) numbers in the type that is computed in, or None."""
+
+    pointer: Any
+    groups: Any
+    chunks: Any
+
+
+class Columns(NamedTuple):
+    """A program's channels: their (BLOCK,) numbers, and how many the image has."""
+
+    channel: Any
+    channels: Any
+
+
+class Rows(NamedTuple):
+    """What a tile is normalised with: (BLOCK,) numbers each, one per channel; None for a step left out."""
 
     mean: Any
     rstd: Any
@@ -84,6 +120,7 @@ class Constants(NamedTuple):
     """What a ``NormActConfig`` fixes, as the kernels need it; ``layer`` stays out, it differs too often.
 
     threshold: random words below it drop their value; 0 for no dropout. keep_scale: of the values kept.
+    dtype: Triton's, of the numbers that are computed with.
     """
 
     eps: float
@@ -93,42 +130,70 @@ class Constants(NamedTuple):
     skip_slope: float | None
     threshold: int
     keep_scale: float
+    dtype: Any
 
 
 @triton.jit
-def _channel_block(BLOCK_CHANNELS: tl.constexpr):
-    return tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+def _columns(channels, TILE: tl.constexpr):
+    return Columns(tl.program_id(1) * TILE.channels + tl.arange(0, TILE.channels), channels)
 
 
 @triton.jit
-def _inside(row, last, channel, channels):
-    return (row < last)[:, None] & (channel < channels)[None, :]
+def _zeros(PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DTYPE: tl.constexpr):
+    return tl.zeros((PIXELS, CHANNELS), DTYPE)
 
 
 @triton.jit
-def _pointers(image, pixel, channel):
+def _inside(row, last, columns):
+    return (row < last)[:, None] & (columns.channel < columns.channels)[None, :]
+
+
+@triton.jit
+def _pointers(image, pixel, columns):
     """Of a tile; the offsets are 64 bits wide, for batches of more than 2**31 values."""
-    return image.pointer + pixel.to(tl.int64)[:, None] * image.stride + channel[None, :]
+    return image.pointer + pixel.to(tl.int64)[:, None] * image.stride + columns.channel[None, :]
 
 
 @triton.jit
-def _load_tile(image, pixel, channel, inside, DTYPE: tl.constexpr):
-    return tl.load(_pointers(image, pixel, channel), mask=inside, other=0.0).to(DTYPE)
+def _load_tile(image, pixel, last, columns, DTYPE: tl.constexpr):
+    """0 outside the image."""
+    return tl.load(_pointers(image, pixel, columns), mask=_inside(pixel, last, columns), other=0.0).to(DTYPE)
 
 
 @triton.jit
-def _load_row(pointer, channel, channels, DTYPE: tl.constexpr):
-    """One number per channel, 0 beyond the last; None for None."""
+def _store_tile(image, value, pixel, last, columns):
+    if image.pointer is not None:
+        tl.store(_pointers(image, pixel, columns), value, mask=_inside(pixel, last, columns))
+
+
+@triton.jit
+def _load_row(pointer, row, columns, DTYPE: tl.constexpr):
+    """One number per channel of the ``row``-th row, 0 beyond the last channel; None for None."""
     if pointer is None:
-        return None
+        return  # not "return None", which Triton before 3.7 refuses
     else:
-        return tl.load(pointer + channel, mask=channel < channels, other=0.0).to(DTYPE)
+        numbers = pointer + row * columns.channels + columns.channel
+        return tl.load(numbers, mask=columns.channel < columns.channels, other=0.0).to(DTYPE)
 
 
 @triton.jit
-def _store_row(pointer, row, channel, channels):
+def _store_row(pointer, value, row, columns):
     if pointer is not None:
-        tl.store(pointer + channel, row, mask=channel < channels)
+        numbers = pointer + row * columns.channels + columns.channel
+        tl.store(numbers, value, mask=columns.channel < columns.channels)
+
+
+@triton.jit
+def _load_chunks(partials, which, group, columns, DTYPE: tl.constexpr, CHUNKS: tl.constexpr):
+    """The ``which``-th partials (0 or 1) of all chunks of a group: (CHUNKS, BLOCK)."""
+    first = (which * partials.groups + group) * partials.chunks
+    numbers = Image(partials.pointer, columns.channels)
+    return _load_tile(numbers, first + tl.arange(0, CHUNKS), first + partials.chunks, columns, DTYPE)
+
+
+@triton.jit
+def _store_chunk(partials, which, value, group, chunk, columns):
+    _store_row(partials.pointer, value, (which * partials.groups + group) * partials.chunks + chunk, columns)
 
 
 @triton.jit
@@ -146,55 +211,41 @@ def _combine(count, mean, m2):
 
 
 @triton.jit
-def _statistics(x, first, last, channel, channels, DTYPE: tl.constexpr, BLOCK_PIXELS: tl.constexpr):
+def _statistics(x, first, last, columns, DTYPE: tl.constexpr, TILE: tl.constexpr):
     """Mean and summed squared deviation per channel of the pixels first .. last - 1.
 
     Each row of the tile follows its own pixels (Welford, 1962); the rows are combined at the end.
     """
-    row = tl.arange(0, BLOCK_PIXELS)
-    mean = tl.zeros((BLOCK_PIXELS, channel.shape[0]), DTYPE)
-    m2 = tl.zeros((BLOCK_PIXELS, channel.shape[0]), DTYPE)
-    for start in range(first, last, BLOCK_PIXELS):
+    row = tl.arange(0, TILE.pixels)
+    mean = _zeros(TILE.pixels, TILE.channels, DTYPE)
+    m2 = _zeros(TILE.pixels, TILE.channels, DTYPE)
+    for start in range(first, last, TILE.pixels):
         pixel = start + row
-        inside = _inside(pixel, last, channel, channels)
-        value = _load_tile(x, pixel, channel, inside, DTYPE)
-        delta = tl.where(inside, value - mean, 0.0)
-        seen = (start - first) // BLOCK_PIXELS + 1
+        value = _load_tile(x, pixel, last, columns, DTYPE)
+        delta = tl.where(_inside(pixel, last, columns), value - mean, 0.0)
+        seen = (start - first) // TILE.pixels + 1
         mean += delta * (1.0 / seen.to(DTYPE))
         m2 += delta * (value - mean)
-    count = ((last - first - row + BLOCK_PIXELS - 1) // BLOCK_PIXELS).to(DTYPE)
+    count = ((last - first - row + TILE.pixels - 1) // TILE.pixels).to(DTYPE)
     return _combine(count, mean, m2)
 
 
 @triton.jit
 def _combined_statistics(
-    partials,
-    group,
-    groups,
-    chunks,
-    pixels,
-    chunk_pixels,
-    channel,
-    channels,
-    DTYPE: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
+    partials, group, pixels, chunk_pixels, columns, DTYPE: tl.constexpr, CHUNKS: tl.constexpr
 ):
     """Mean and summed squared deviation per channel of a group, from those of its chunks."""
-    chunk = tl.arange(0, BLOCK_CHUNKS)
-    count = tl.minimum(tl.maximum(pixels - chunk * chunk_pixels, 0), chunk_pixels).to(DTYPE)
-    inside = _inside(chunk, chunks, channel, channels)
-    means = Image(partials + group * chunks * channels, channels)
-    m2s = Image(partials + (groups + group) * chunks * channels, channels)
-    mean = _load_tile(means, chunk, channel, inside, DTYPE)
-    m2 = _load_tile(m2s, chunk, channel, inside, DTYPE)
-    return _combine(count, mean, m2)
+    count = tl.minimum(tl.maximum(pixels - tl.arange(0, CHUNKS) * chunk_pixels, 0), chunk_pixels)
+    mean = _load_chunks(partials, 0, group, columns, DTYPE, CHUNKS)
+    m2 = _load_chunks(partials, 1, group, columns, DTYPE, CHUNKS)
+    return _combine(count.to(DTYPE), mean, m2)
 
 
 @triton.jit
 def _updated(running_mean, running_var, mean, m2, pixels, CONSTANTS: tl.constexpr):
     """Running statistics after one more group; the variance of a single value counts as 0, not as 0 / 0."""
     degrees = tl.maximum(pixels - 1, 1) if CONSTANTS.unbiased else pixels
-    var = m2 / degrees.to(m2.dtype)
+    var = m2 / degrees.to(CONSTANTS.dtype)
     return (
         running_mean + (mean - running_mean) * CONSTANTS.momentum,
         running_var + (var - running_var) * CONSTANTS.momentum,
@@ -224,135 +275,86 @@ def _activate(value, z, SLOPE: tl.constexpr):
 
 
 @triton.jit
-def _drop(value, pixel, channel, channels, rng, layer, CONSTANTS: tl.constexpr):
+def _drop(value, pixel, columns, dropout, CONSTANTS: tl.constexpr):
     """``value`` times ``reference.dropout_mask``, in either direction."""
     if CONSTANTS.threshold == 0:
         return value
     else:
-        seed = tl.load(rng)
-        step = tl.load(rng + 1)
-        index = (pixel[:, None] * channels + channel[None, :]).to(tl.uint32)
-        zero = tl.zeros_like(index)
-        bits, _, _, _ = tl.philox(
-            seed,
-            index,
-            zero + layer.to(tl.uint32),
-            zero + (step & 0xFFFFFFFF).to(tl.uint32),
-            zero + (step >> 32).to(tl.uint32),
-        )
+        seed = tl.load(dropout.rng)
+        step = tl.load(dropout.rng + 1)
+        index = (pixel[:, None] * columns.channels + columns.channel[None, :]).to(tl.uint32)
+        layer = tl.zeros_like(index) + dropout.layer
+        low = tl.zeros_like(index) + (step & 0xFFFFFFFF).to(tl.uint32)
+        high = tl.zeros_like(index) + (step >> 32).to(tl.uint32)
+        bits, _, _, _ = tl.philox(seed, index, layer, low, high)
         return tl.where(bits >= CONSTANTS.threshold, value * CONSTANTS.keep_scale, 0.0)
 
 
 @triton.jit
 def _forward_pass(
-    x,
-    y,
-    skip,
-    first,
-    last,
-    channel,
-    channels,
-    rows,
-    rng,
-    layer,
-    CONSTANTS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
+    x, y, skip, first, last, columns, rows, dropout, CONSTANTS: tl.constexpr, TILE: tl.constexpr
 ):
     """Write the results of the pixels first .. last - 1."""
-    for start in range(first, last, BLOCK_PIXELS):
-        pixel = start + tl.arange(0, BLOCK_PIXELS)
-        inside = _inside(pixel, last, channel, channels)
-        _, z = _before_activation(_load_tile(x, pixel, channel, inside, DTYPE), rows)
-        z = _drop(z, pixel, channel, channels, rng, layer, CONSTANTS)
-        tl.store(_pointers(y, pixel, channel), _activate(z, z, CONSTANTS.slope), mask=inside)
+    for start in range(first, last, TILE.pixels):
+        pixel = start + tl.arange(0, TILE.pixels)
+        _, z = _before_activation(_load_tile(x, pixel, last, columns, CONSTANTS.dtype), rows)
+        z = _drop(z, pixel, columns, dropout, CONSTANTS)
+        _store_tile(y, _activate(z, z, CONSTANTS.slope), pixel, last, columns)
         if skip.pointer is not None:
-            tl.store(_pointers(skip, pixel, channel), _activate(z, z, CONSTANTS.skip_slope), mask=inside)
+            _store_tile(skip, _activate(z, z, CONSTANTS.skip_slope), pixel, last, columns)
+
+
+@triton.jit
+def _gradient_before_activation(dy, dskip, z, pixel, last, columns, dropout, CONSTANTS: tl.constexpr):
+    """dz: the two incoming gradients of a tile, through activation and dropout."""
+    dz = tl.zeros_like(z)
+    if dy.pointer is not None:
+        dz += _activate(_load_tile(dy, pixel, last, columns, CONSTANTS.dtype), z, CONSTANTS.slope)
+    if dskip.pointer is not None:
+        dz += _activate(_load_tile(dskip, pixel, last, columns, CONSTANTS.dtype), z, CONSTANTS.skip_slope)
+    return _drop(dz, pixel, columns, dropout, CONSTANTS)
 
 
 @triton.jit
 def _backward_pass(
-    x,
-    dy,
-    dskip,
-    dx,
-    first,
-    last,
-    channel,
-    channels,
-    rows,
-    dz_mean,
-    dz_normalised_mean,
-    rng,
-    layer,
-    SUM: tl.constexpr,
-    CONSTANTS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
+    x, dy, dskip, dx, first, last, columns, rows, means, dropout, CONSTANTS: tl.constexpr, TILE: tl.constexpr
 ):
-    """One look at the pixels first .. last - 1; dz is the gradient before dropout and activation.
+    """One look at the pixels first .. last - 1.
 
-    Writes dx, if there is such an image; dz_mean and dz_normalised_mean are the part of it that goes through
-    the statistics, None where none were taken. Returns the sums per channel of dz and of dz times the
-    normalised values, if SUM.
+    Returns the sums per channel of dz and of dz times the normalised values. Writes dx, if there is such an
+    image; ``means`` are those two sums, over all pixels of the group, divided by the number of pixels: the
+    part of dx that goes through the statistics, None where none were taken.
     """
-    dz_sum = tl.zeros((BLOCK_PIXELS, channel.shape[0]), DTYPE)
-    dz_normalised_sum = tl.zeros((BLOCK_PIXELS, channel.shape[0]), DTYPE)
-    for start in range(first, last, BLOCK_PIXELS):
-        pixel = start + tl.arange(0, BLOCK_PIXELS)
-        inside = _inside(pixel, last, channel, channels)
-        normalised, z = _before_activation(_load_tile(x, pixel, channel, inside, DTYPE), rows)
-        dz = tl.zeros((BLOCK_PIXELS, channel.shape[0]), DTYPE)
-        if dy.pointer is not None:
-            dz += _activate(_load_tile(dy, pixel, channel, inside, DTYPE), z, CONSTANTS.slope)
-        if dskip.pointer is not None:
-            dz += _activate(_load_tile(dskip, pixel, channel, inside, DTYPE), z, CONSTANTS.skip_slope)
-        dz = _drop(dz, pixel, channel, channels, rng, layer, CONSTANTS)
-        if SUM:
-            dz_sum += dz
-            dz_normalised_sum += dz * normalised
+    dz_sum = _zeros(TILE.pixels, TILE.channels, CONSTANTS.dtype)
+    dz_normalised_sum = _zeros(TILE.pixels, TILE.channels, CONSTANTS.dtype)
+    for start in range(first, last, TILE.pixels):
+        pixel = start + tl.arange(0, TILE.pixels)
+        normalised, z = _before_activation(_load_tile(x, pixel, last, columns, CONSTANTS.dtype), rows)
+        dz = _gradient_before_activation(dy, dskip, z, pixel, last, columns, dropout, CONSTANTS)
+        dz_sum += dz
+        dz_normalised_sum += dz * normalised
         if dx.pointer is not None:
-            if dz_mean is not None:
-                dz = dz - dz_mean[None, :] - normalised * dz_normalised_mean[None, :]
+            if means is not None:
+                dz = dz - means[0][None, :] - normalised * means[1][None, :]
             if rows.weight is not None:
                 dz *= rows.weight[None, :]
             if rows.rstd is not None:
                 dz *= rows.rstd[None, :]
-            tl.store(_pointers(dx, pixel, channel), dz, mask=inside)
+            _store_tile(dx, dz, pixel, last, columns)
     return tl.sum(dz_sum, 0), tl.sum(dz_normalised_sum, 0)
 
 
 @triton.jit
-def _saved_rows(weight, bias, mean, rstd, group, channel, channels, DTYPE: tl.constexpr):
-    """What the forward pass used for a group."""
-    weights = _load_row(weight, channel, channels, DTYPE)
-    biases = _load_row(bias, channel, channels, DTYPE)
-    if mean is None:
-        return Channelwise(None, None, weights, biases)
-    else:
-        means = _load_row(mean + group * channels, channel, channels, DTYPE)
-        return Channelwise(
-            means, _load_row(rstd + group * channels, channel, channels, DTYPE), weights, biases
-        )
-
-
-@triton.jit
-def _combined_sums(
-    partials, group, groups, chunks, channel, channels, DTYPE: tl.constexpr, BLOCK_CHUNKS: tl.constexpr
-):
-    """Sums per channel of dz and of dz times the normalised values over a group, from those of its chunks."""
-    chunk = tl.arange(0, BLOCK_CHUNKS)
-    inside = _inside(chunk, chunks, channel, channels)
-    dz_sums = Image(partials + group * chunks * channels, channels)
-    dz_normalised_sums = Image(partials + (groups + group) * chunks * channels, channels)
+def _combined_sums(partials, group, columns, DTYPE: tl.constexpr, CHUNKS: tl.constexpr):
+    """What ``_backward_pass`` returns for a group, from the same of its chunks."""
     return (
-        tl.sum(_load_tile(dz_sums, chunk, channel, inside, DTYPE), 0),
-        tl.sum(_load_tile(dz_normalised_sums, chunk, channel, inside, DTYPE), 0),
+        tl.sum(_load_chunks(partials, 0, group, columns, DTYPE, CHUNKS), 0),
+        tl.sum(_load_chunks(partials, 1, group, columns, DTYPE, CHUNKS), 0),
     )
 
 
 # Numbers that no address depends on; left general, they don't multiply the variants to compile.
-_GENERAL = ("layer", "pixels", "groups", "chunks", "chunk_pixels", "apply_pixels")
+_GENERAL = ("pixels", "groups", "chunk_pixels", "apply_pixels")
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -360,75 +362,46 @@ def norm_act_forward_whole(
     x,
     y,
     skip,
-    weight,
-    bias,
-    running_mean,
-    running_var,
-    mean,
-    rstd,
-    rng,
-    layer,
+    parameters,
+    saved,
+    dropout,
     groups,
     pixels,
     channels,
     CONSTANTS: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Statistics and results of a block of channels, group after group."""
-    DTYPE: tl.constexpr = mean.dtype.element_ty
-    channel = _channel_block(BLOCK_CHANNELS)
-    weights = _load_row(weight, channel, channels, DTYPE)
-    biases = _load_row(bias, channel, channels, DTYPE)
-    running_means = _load_row(running_mean, channel, channels, DTYPE)
-    running_vars = _load_row(running_var, channel, channels, DTYPE)
+    DTYPE: tl.constexpr = CONSTANTS.dtype
+    columns = _columns(channels, TILE)
+    weight = _load_row(parameters.weight, 0, columns, DTYPE)
+    bias = _load_row(parameters.bias, 0, columns, DTYPE)
+    running_mean = _load_row(parameters.running_mean, 0, columns, DTYPE)
+    running_var = _load_row(parameters.running_var, 0, columns, DTYPE)
     for group in range(groups):
         first = group * pixels
-        means, m2 = _statistics(x, first, first + pixels, channel, channels, DTYPE, BLOCK_PIXELS)
-        rstds = tl.rsqrt(m2 / pixels.to(DTYPE) + CONSTANTS.eps)
-        _store_row(mean + group * channels, means, channel, channels)
-        _store_row(rstd + group * channels, rstds, channel, channels)
-        if running_mean is not None:
-            running_means, running_vars = _updated(running_means, running_vars, means, m2, pixels, CONSTANTS)
-        rows = Channelwise(means, rstds, weights, biases)
-        _forward_pass(
-            x,
-            y,
-            skip,
-            first,
-            first + pixels,
-            channel,
-            channels,
-            rows,
-            rng,
-            layer,
-            CONSTANTS,
-            DTYPE,
-            BLOCK_PIXELS,
-        )
-    _store_row(running_mean, running_means, channel, channels)
-    _store_row(running_var, running_vars, channel, channels)
+        mean, m2 = _statistics(x, first, first + pixels, columns, DTYPE, TILE)
+        rstd = tl.rsqrt(m2 / pixels.to(DTYPE) + CONSTANTS.eps)
+        _store_row(saved.mean, mean, group, columns)
+        _store_row(saved.rstd, rstd, group, columns)
+        if parameters.running_mean is not None:
+            running_mean, running_var = _updated(running_mean, running_var, mean, m2, pixels, CONSTANTS)
+        rows = Rows(mean, rstd, weight, bias)
+        _forward_pass(x, y, skip, first, first + pixels, columns, rows, dropout, CONSTANTS, TILE)
+    _store_row(parameters.running_mean, running_mean, 0, columns)
+    _store_row(parameters.running_var, running_var, 0, columns)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
-def norm_act_statistics(
-    x,
-    partials,
-    pixels,
-    chunk_pixels,
-    channels,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
+def norm_act_statistics(x, partials, pixels, chunk_pixels, channels, DTYPE: tl.constexpr, TILE: tl.constexpr):
     """Partials of a chunk of pixels: its mean and summed squared deviation per channel."""
-    DTYPE: tl.constexpr = partials.dtype.element_ty
-    channel = _channel_block(BLOCK_CHANNELS)
-    chunk, chunks, group, groups = tl.program_id(0), tl.num_programs(0), tl.program_id(2), tl.num_programs(2)
+    columns = _columns(channels, TILE)
+    chunk, group = tl.program_id(0), tl.program_id(2)
     first = group * pixels + chunk * chunk_pixels
     last = group * pixels + tl.minimum((chunk + 1) * chunk_pixels, pixels)
-    mean, m2 = _statistics(x, first, last, channel, channels, DTYPE, BLOCK_PIXELS)
-    _store_row(partials + (group * chunks + chunk) * channels, mean, channel, channels)
-    _store_row(partials + ((groups + group) * chunks + chunk) * channels, m2, channel, channels)
+    mean, m2 = _statistics(x, first, last, columns, DTYPE, TILE)
+    _store_chunk(partials, 0, mean, group, chunk, columns)
+    _store_chunk(partials, 1, m2, group, chunk, columns)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -436,74 +409,50 @@ def norm_act_forward_apply(
     x,
     y,
     skip,
+    parameters,
+    saved,
     partials,
-    weight,
-    bias,
-    running_mean,
-    running_var,
-    mean,
-    rstd,
-    rng,
-    layer,
+    dropout,
     pixels,
-    chunks,
     chunk_pixels,
     apply_pixels,
     channels,
     CONSTANTS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Results of ``apply_pixels`` pixels, with the statistics in the partials; without partials, with the
     running statistics; without those too, not normalised.
     """
-    channel = _channel_block(BLOCK_CHANNELS)
-    group, groups = tl.program_id(2), tl.num_programs(2)
-    weights = _load_row(weight, channel, channels, DTYPE)
-    biases = _load_row(bias, channel, channels, DTYPE)
-    running_means = _load_row(running_mean, channel, channels, DTYPE)
-    running_vars = _load_row(running_var, channel, channels, DTYPE)
-    if partials is not None:
-        means, m2 = _combined_statistics(
-            partials, group, groups, chunks, pixels, chunk_pixels, channel, channels, DTYPE, BLOCK_CHUNKS
-        )
-        rows = Channelwise(means, tl.rsqrt(m2 / pixels.to(DTYPE) + CONSTANTS.eps), weights, biases)
-    elif running_mean is not None:
-        rows = Channelwise(running_means, tl.rsqrt(running_vars + CONSTANTS.eps), weights, biases)
+    DTYPE: tl.constexpr = CONSTANTS.dtype
+    columns = _columns(channels, TILE)
+    chunk, group = tl.program_id(0), tl.program_id(2)
+    weight = _load_row(parameters.weight, 0, columns, DTYPE)
+    bias = _load_row(parameters.bias, 0, columns, DTYPE)
+    running_mean = _load_row(parameters.running_mean, 0, columns, DTYPE)
+    running_var = _load_row(parameters.running_var, 0, columns, DTYPE)
+    if partials.pointer is not None:
+        mean, m2 = _combined_statistics(partials, group, pixels, chunk_pixels, columns, DTYPE, CHUNKS)
+        rows = Rows(mean, tl.rsqrt(m2 / pixels.to(DTYPE) + CONSTANTS.eps), weight, bias)
+    elif parameters.running_mean is not None:
+        rows = Rows(running_mean, tl.rsqrt(running_var + CONSTANTS.eps), weight, bias)
     else:
-        rows = Channelwise(None, None, weights, biases)
+        rows = Rows(None, None, weight, bias)
 
-    if mean is not None and tl.program_id(0) == 0:
-        _store_row(mean + group * channels, rows.mean, channel, channels)
-        _store_row(rstd + group * channels, rows.rstd, channel, channels)
-    if partials is not None and running_mean is not None:  # noqa: SIM102 (decided by the compiler)
-        if tl.program_id(0) + group == 0:
-            for each in range(groups):
-                means, m2 = _combined_statistics(
-                    partials,
-                    each,
-                    groups,
-                    chunks,
-                    pixels,
-                    chunk_pixels,
-                    channel,
-                    channels,
-                    DTYPE,
-                    BLOCK_CHUNKS,
-                )
-                running_means, running_vars = _updated(
-                    running_means, running_vars, means, m2, pixels, CONSTANTS
-                )
-            _store_row(running_mean, running_means, channel, channels)
-            _store_row(running_var, running_vars, channel, channels)
+    if saved.mean is not None and chunk == 0:
+        _store_row(saved.mean, rows.mean, group, columns)
+        _store_row(saved.rstd, rows.rstd, group, columns)
+    if partials.pointer is not None and parameters.running_mean is not None:  # noqa: SIM102 (compile time)
+        if chunk + group == 0:
+            for each in range(partials.groups):
+                mean, m2 = _combined_statistics(partials, each, pixels, chunk_pixels, columns, DTYPE, CHUNKS)
+                running_mean, running_var = _updated(running_mean, running_var, mean, m2, pixels, CONSTANTS)
+            _store_row(parameters.running_mean, running_mean, 0, columns)
+            _store_row(parameters.running_var, running_var, 0, columns)
 
-    first = group * pixels + tl.program_id(0) * apply_pixels
+    first = group * pixels + chunk * apply_pixels
     last = tl.minimum(first + apply_pixels, (group + 1) * pixels)
-    _forward_pass(
-        x, y, skip, first, last, channel, channels, rows, rng, layer, CONSTANTS, DTYPE, BLOCK_PIXELS
-    )
+    _forward_pass(x, y, skip, first, last, columns, rows, dropout, CONSTANTS, TILE)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -512,73 +461,41 @@ def norm_act_backward_whole(
     dy,
     dskip,
     dx,
-    weight,
-    bias,
-    mean,
-    rstd,
+    parameters,
+    saved,
     dweight,
     dbias,
-    rng,
-    layer,
+    dropout,
     groups,
     pixels,
     channels,
     CONSTANTS: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Gradients of a block of channels, group after group: sums first, then dx."""
-    DTYPE: tl.constexpr = mean.dtype.element_ty
-    channel = _channel_block(BLOCK_CHANNELS)
-    dweights = tl.zeros((BLOCK_CHANNELS,), DTYPE)
-    dbiases = tl.zeros((BLOCK_CHANNELS,), DTYPE)
+    DTYPE: tl.constexpr = CONSTANTS.dtype
+    columns = _columns(channels, TILE)
+    dweight_sum = tl.zeros_like(columns.channel).to(DTYPE)
+    dbias_sum = tl.zeros_like(columns.channel).to(DTYPE)
     nowhere = Image(None, 0)
     for group in range(groups):
         first = group * pixels
         last = first + pixels
-        rows = _saved_rows(weight, bias, mean, rstd, group, channel, channels, DTYPE)
+        rows = Rows(
+            _load_row(saved.mean, group, columns, DTYPE),
+            _load_row(saved.rstd, group, columns, DTYPE),
+            _load_row(parameters.weight, 0, columns, DTYPE),
+            _load_row(parameters.bias, 0, columns, DTYPE),
+        )
         dz_sum, dz_normalised_sum = _backward_pass(
-            x,
-            dy,
-            dskip,
-            nowhere,
-            first,
-            last,
-            channel,
-            channels,
-            rows,
-            None,
-            None,
-            rng,
-            layer,
-            True,
-            CONSTANTS,
-            DTYPE,
-            BLOCK_PIXELS,
+            x, dy, dskip, nowhere, first, last, columns, rows, None, dropout, CONSTANTS, TILE
         )
-        _backward_pass(
-            x,
-            dy,
-            dskip,
-            dx,
-            first,
-            last,
-            channel,
-            channels,
-            rows,
-            dz_sum / pixels.to(DTYPE),
-            dz_normalised_sum / pixels.to(DTYPE),
-            rng,
-            layer,
-            False,
-            CONSTANTS,
-            DTYPE,
-            BLOCK_PIXELS,
-        )
-        dweights += dz_normalised_sum
-        dbiases += dz_sum
-    _store_row(dweight, dweights, channel, channels)
-    _store_row(dbias, dbiases, channel, channels)
+        means = (dz_sum / pixels.to(DTYPE), dz_normalised_sum / pixels.to(DTYPE))
+        _backward_pass(x, dy, dskip, dx, first, last, columns, rows, means, dropout, CONSTANTS, TILE)
+        dweight_sum += dz_normalised_sum
+        dbias_sum += dz_sum
+    _store_row(dweight, dweight_sum, 0, columns)
+    _store_row(dbias, dbias_sum, 0, columns)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -587,55 +504,37 @@ def norm_act_backward_sums(
     dy,
     dskip,
     dx,
-    weight,
-    bias,
-    mean,
-    rstd,
+    parameters,
+    saved,
     partials,
-    rng,
-    layer,
+    dropout,
     pixels,
     chunk_pixels,
     channels,
     CONSTANTS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Partials of a chunk of pixels: its sums of dz and of dz times the normalised values, per channel.
 
-    Where no statistics were taken, dx needs no sums and is written here; partials are then None unless weight
-    or bias want a gradient.
+    Where no statistics were taken, dx needs no sums and is written here; there are no partials then unless
+    weight or bias want a gradient.
     """
-    channel = _channel_block(BLOCK_CHANNELS)
-    chunk, chunks, group, groups = tl.program_id(0), tl.num_programs(0), tl.program_id(2), tl.num_programs(2)
-    rows = _saved_rows(weight, bias, mean, rstd, group, channel, channels, DTYPE)
+    columns = _columns(channels, TILE)
+    chunk, group = tl.program_id(0), tl.program_id(2)
+    rows = Rows(
+        _load_row(saved.mean, group, columns, CONSTANTS.dtype),
+        _load_row(saved.rstd, group, columns, CONSTANTS.dtype),
+        _load_row(parameters.weight, 0, columns, CONSTANTS.dtype),
+        _load_row(parameters.bias, 0, columns, CONSTANTS.dtype),
+    )
     first = group * pixels + chunk * chunk_pixels
     last = group * pixels + tl.minimum((chunk + 1) * chunk_pixels, pixels)
     dz_sum, dz_normalised_sum = _backward_pass(
-        x,
-        dy,
-        dskip,
-        dx,
-        first,
-        last,
-        channel,
-        channels,
-        rows,
-        None,
-        None,
-        rng,
-        layer,
-        partials is not None,
-        CONSTANTS,
-        DTYPE,
-        BLOCK_PIXELS,
+        x, dy, dskip, dx, first, last, columns, rows, None, dropout, CONSTANTS, TILE
     )
-    if partials is not None:
-        _store_row(partials + (group * chunks + chunk) * channels, dz_sum, channel, channels)
-        _store_row(
-            partials + ((groups + group) * chunks + chunk) * channels, dz_normalised_sum, channel, channels
-        )
+    if partials.pointer is not None:
+        _store_chunk(partials, 0, dz_sum, group, chunk, columns)
+        _store_chunk(partials, 1, dz_normalised_sum, group, chunk, columns)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -644,72 +543,51 @@ def norm_act_backward_apply(
     dy,
     dskip,
     dx,
+    parameters,
+    saved,
     partials,
-    weight,
-    bias,
-    mean,
-    rstd,
     dweight,
     dbias,
-    rng,
-    layer,
+    dropout,
     pixels,
-    chunks,
     apply_pixels,
     channels,
     CONSTANTS: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """dx of ``apply_pixels`` pixels, from the sums in the partials."""
-    DTYPE: tl.constexpr = partials.dtype.element_ty
-    channel = _channel_block(BLOCK_CHANNELS)
-    group, groups = tl.program_id(2), tl.num_programs(2)
-    if dweight is not None:  # noqa: SIM102 (decided by the compiler)
-        if tl.program_id(0) + group == 0:
-            dweights = tl.zeros((BLOCK_CHANNELS,), DTYPE)
-            dbiases = tl.zeros((BLOCK_CHANNELS,), DTYPE)
-            for each in range(groups):
-                dz_sum, dz_normalised_sum = _combined_sums(
-                    partials, each, groups, chunks, channel, channels, DTYPE, BLOCK_CHUNKS
-                )
-                dweights += dz_normalised_sum
-                dbiases += dz_sum
-            _store_row(dweight, dweights, channel, channels)
-            _store_row(dbias, dbiases, channel, channels)
+    DTYPE: tl.constexpr = CONSTANTS.dtype
+    columns = _columns(channels, TILE)
+    chunk, group = tl.program_id(0), tl.program_id(2)
+    if dweight is not None:  # noqa: SIM102 (compile time)
+        if chunk + group == 0:
+            dweight_sum = tl.zeros_like(columns.channel).to(DTYPE)
+            dbias_sum = tl.zeros_like(columns.channel).to(DTYPE)
+            for each in range(partials.groups):
+                dz_sum, dz_normalised_sum = _combined_sums(partials, each, columns, DTYPE, CHUNKS)
+                dweight_sum += dz_normalised_sum
+                dbias_sum += dz_sum
+            _store_row(dweight, dweight_sum, 0, columns)
+            _store_row(dbias, dbias_sum, 0, columns)
 
-    rows = _saved_rows(weight, bias, mean, rstd, group, channel, channels, DTYPE)
-    dz_sum, dz_normalised_sum = _combined_sums(
-        partials, group, groups, chunks, channel, channels, DTYPE, BLOCK_CHUNKS
+    rows = Rows(
+        _load_row(saved.mean, group, columns, DTYPE),
+        _load_row(saved.rstd, group, columns, DTYPE),
+        _load_row(parameters.weight, 0, columns, DTYPE),
+        _load_row(parameters.bias, 0, columns, DTYPE),
     )
-    first = group * pixels + tl.program_id(0) * apply_pixels
+    dz_sum, dz_normalised_sum = _combined_sums(partials, group, columns, DTYPE, CHUNKS)
+    means = (dz_sum / pixels.to(DTYPE), dz_normalised_sum / pixels.to(DTYPE))
+    first = group * pixels + chunk * apply_pixels
     last = tl.minimum(first + apply_pixels, (group + 1) * pixels)
-    _backward_pass(
-        x,
-        dy,
-        dskip,
-        dx,
-        first,
-        last,
-        channel,
-        channels,
-        rows,
-        dz_sum / pixels.to(DTYPE),
-        dz_normalised_sum / pixels.to(DTYPE),
-        rng,
-        layer,
-        False,
-        CONSTANTS,
-        DTYPE,
-        BLOCK_PIXELS,
-    )
+    _backward_pass(x, dy, dskip, dx, first, last, columns, rows, means, dropout, CONSTANTS, TILE)
 
 
 # ---------------------------------------------------------------------------------------------- launchers
 
 
-def _constants(config: NormActConfig) -> Constants:
+def _constants(config: NormActConfig, dtype: torch.dtype) -> Constants:
     return Constants(
         config.eps,
         config.momentum,
@@ -718,7 +596,12 @@ def _constants(config: NormActConfig) -> Constants:
         config.skip_slope,
         dropout_threshold(config.dropout),
         1.0 / (1.0 - config.dropout),
+        DTYPES[dtype],
     )
+
+
+def _dropout(rng: Tensor | None, config: NormActConfig) -> Dropout:
+    return Dropout(rng, config.layer) if config.dropout else Dropout(None, 0)
 
 
 def _image(image: Tensor | None) -> Image:
@@ -735,10 +618,6 @@ def _result(out: Tensor | None, x: Tensor) -> Tensor:
             f"{tuple(x.shape)}, a channels-last image or a slice of one's channels"
         )
     return out
-
-
-def _blocks(tile: Tile) -> dict[str, int]:
-    return {"BLOCK_PIXELS": tile.pixels, "BLOCK_CHANNELS": tile.channels, "num_warps": tile.num_warps}
 
 
 def norm_act_forward(
@@ -762,18 +641,17 @@ def norm_act_forward(
     channels, dtype = x.shape[1], compute_dtype(x.dtype)
     groups = config.groups if config.norm else 1
     pixels = x.numel() // (groups * channels)
-    mean = rstd = None
-    if config.norm:
-        mean = torch.empty((groups, channels), dtype=dtype, device=x.device)
-        rstd = torch.empty_like(mean)
-        bias = None if weight is None else bias
+    saved = Saved(None, None)
+    if not config.norm:
+        parameters = Parameters(None, bias)
     else:
-        weight = running_mean = running_var = None
-    images = _image(x), _image(y), _image(skip)
-    numbers = weight, bias, running_mean, running_var
-    saved = mean, rstd
+        parameters = Parameters(weight, None if weight is None else bias, running_mean, running_var)
+        mean = torch.empty((groups, channels), dtype=dtype, device=x.device)
+        saved = Saved(mean, torch.empty_like(mean))
+    images, dropout = (_image(x), _image(y), _image(skip)), _dropout(rng, config)
+    constants = _constants(config, dtype)
     takes_statistics = config.norm and config.training
-    updated = (running_mean, running_var) if takes_statistics else ()
+    updated = parameters[2:] if takes_statistics else ()
 
     if takes_statistics and groups * pixels <= FEW_PIXELS:
         tile = choose_tile(pixels, channels, x.element_size(), WHOLE_FORWARD)
@@ -781,26 +659,27 @@ def norm_act_forward(
             norm_act_forward_whole,
             (1, cdiv(channels, tile.channels)),
             *images,
-            *numbers,
-            *saved,
-            rng,
-            config.layer,
+            parameters,
+            saved,
+            dropout,
             groups,
             pixels,
             channels,
-            CONSTANTS=_constants(config),
-            **_blocks(tile),
-            reads=(x, *numbers),
+            CONSTANTS=constants,
+            TILE=tile,
+            num_warps=tile.num_warps,
+            reads=(x, *parameters),
             writes=(y, skip, *saved, *updated),
         )
-        return NormActForward(y, skip, mean, rstd)
+        return NormActForward(y, skip, *saved)
 
     tile = choose_tile(pixels, channels, x.element_size(), CHUNK_FORWARD)
     chunks, shares = reduction_chunks(pixels, tile), elementwise_chunks(pixels, tile)
     programs = cdiv(channels, tile.channels), groups
-    partials = None
+    partials = Workspace(None, groups, chunks.count)
     if takes_statistics:
-        partials = torch.empty((2, groups, chunks.count, channels), dtype=dtype, device=x.device)
+        workspace = torch.empty((2, groups, chunks.count, channels), dtype=dtype, device=x.device)
+        partials = Workspace(workspace, groups, chunks.count)
         launch(
             norm_act_statistics,
             (chunks.count, *programs),
@@ -809,32 +688,32 @@ def norm_act_forward(
             pixels,
             chunks.pixels,
             channels,
-            **_blocks(tile),
+            DTYPE=DTYPES[dtype],
+            TILE=tile,
+            num_warps=tile.num_warps,
             reads=(x,),
-            writes=(partials,),
+            writes=(workspace,),
         )
     launch(
         norm_act_forward_apply,
         (shares.count, *programs),
         *images,
+        parameters,
+        saved,
         partials,
-        *numbers,
-        *saved,
-        rng,
-        config.layer,
+        dropout,
         pixels,
-        chunks.count,
         chunks.pixels,
         shares.pixels,
         channels,
-        CONSTANTS=_constants(config),
-        DTYPE=DTYPES[dtype],
-        BLOCK_CHUNKS=next_power_of_2(chunks.count),
-        **_blocks(tile),
-        reads=(x, partials, *numbers),
+        CONSTANTS=constants,
+        CHUNKS=next_power_of_2(chunks.count),
+        TILE=tile,
+        num_warps=tile.num_warps,
+        reads=(x, partials.pointer, *parameters),
         writes=(y, skip, *saved, *updated),
     )
-    return NormActForward(y, skip, mean, rstd)
+    return NormActForward(y, skip, *saved)
 
 
 def norm_act_backward(
@@ -857,93 +736,96 @@ def norm_act_backward(
     dx = _result(None, x)
     channels, dtype = x.shape[1], compute_dtype(x.dtype)
     if mean is None:
-        groups, weight = 1, None
+        groups, parameters, saved = 1, Parameters(None, bias), Saved(None, None)
     else:
-        groups, mean, rstd = mean.shape[0], mean.contiguous(), rstd.contiguous()
-        bias = None if weight is None else bias
+        groups, parameters = mean.shape[0], Parameters(weight, None if weight is None else bias)
+        saved = Saved(mean.contiguous(), rstd.contiguous())
     pixels = x.numel() // (groups * channels)
-    sources = _image(x), _image(dy), _image(dskip)
-    numbers = weight, bias, mean, rstd
-    wants_dweight, wants_dbias = needs_affine and weight is not None, needs_affine and bias is not None
+    images, dropout = (_image(x), _image(dy), _image(dskip)), _dropout(rng, config)
+    constants = _constants(config, dtype)
+    reads = x, dy, dskip, *parameters, *saved
     through_statistics = mean is not None and config.training
+    wanted = parameters[:2] if needs_affine else (None, None)
     dweight = dbias = None
-    if through_statistics and wants_dweight:
-        dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    if through_statistics:
+        dweight, dbias = (None if p is None else torch.empty_like(p) for p in wanted)
 
     if through_statistics and groups * pixels <= FEW_PIXELS:
         tile = choose_tile(pixels, channels, x.element_size(), WHOLE_BACKWARD)
         launch(
             norm_act_backward_whole,
             (1, cdiv(channels, tile.channels)),
-            *sources,
+            *images,
             _image(dx),
-            *numbers,
+            parameters,
+            saved,
             dweight,
             dbias,
-            rng,
-            config.layer,
+            dropout,
             groups,
             pixels,
             channels,
-            CONSTANTS=_constants(config),
-            **_blocks(tile),
-            reads=(x, dy, dskip, *numbers),
+            CONSTANTS=constants,
+            TILE=tile,
+            num_warps=tile.num_warps,
+            reads=reads,
             writes=(dx, dweight, dbias),
         )
         return NormActBackward(dx, dweight, dbias)
 
     tile = choose_tile(pixels, channels, x.element_size(), CHUNK_BACKWARD)
     shares = elementwise_chunks(pixels, tile)
-    chunks = reduction_chunks(pixels, tile) if through_statistics or wants_dbias else shares
+    sums = through_statistics or wanted[1] is not None
+    chunks = reduction_chunks(pixels, tile) if sums else shares
     programs = cdiv(channels, tile.channels), groups
-    partials = None
-    if through_statistics or wants_dbias:
-        partials = torch.empty((2, groups, chunks.count, channels), dtype=dtype, device=x.device)
+    workspace = None
+    if sums:
+        workspace = torch.empty((2, groups, chunks.count, channels), dtype=dtype, device=x.device)
+    partials = Workspace(workspace, groups, chunks.count)
     early_dx = None if through_statistics else dx
     launch(
         norm_act_backward_sums,
         (chunks.count, *programs),
-        *sources,
+        *images,
         _image(early_dx),
-        *numbers,
+        parameters,
+        saved,
         partials,
-        rng,
-        config.layer,
+        dropout,
         pixels,
         chunks.pixels,
         channels,
-        CONSTANTS=_constants(config),
-        DTYPE=DTYPES[dtype],
-        **_blocks(tile),
-        reads=(x, dy, dskip, *numbers),
-        writes=(partials, early_dx),
+        CONSTANTS=constants,
+        TILE=tile,
+        num_warps=tile.num_warps,
+        reads=reads,
+        writes=(workspace, early_dx),
     )
     if through_statistics:
         launch(
             norm_act_backward_apply,
             (shares.count, *programs),
-            *sources,
+            *images,
             _image(dx),
+            parameters,
+            saved,
             partials,
-            *numbers,
             dweight,
             dbias,
-            rng,
-            config.layer,
+            dropout,
             pixels,
-            chunks.count,
             shares.pixels,
             channels,
-            CONSTANTS=_constants(config),
-            BLOCK_CHUNKS=next_power_of_2(chunks.count),
-            **_blocks(tile),
-            reads=(x, dy, dskip, partials, *numbers),
+            CONSTANTS=constants,
+            CHUNKS=next_power_of_2(chunks.count),
+            TILE=tile,
+            num_warps=tile.num_warps,
+            reads=(*reads, workspace),
             writes=(dx, dweight, dbias),
         )
-    elif wants_dbias:
-        dz_sum, dz_normalised_sum = partials.sum((1, 2))
-        dbias = dz_sum.to(bias.dtype)
-        dweight = dz_normalised_sum.to(weight.dtype) if wants_dweight else None
+    elif sums:
+        totals = reversed(workspace.sum((1, 2)).unbind())
+        dweight, dbias = (None if p is None else t.to(p.dtype) for p, t in zip(wanted, totals, strict=True))
     return NormActBackward(dx, dweight, dbias)
 
 
