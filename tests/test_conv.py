@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpix2pix.kernels import conv
 from fastpix2pix.kernels.conv import Tiling, conv2d, conv2d_backward, conv2d_forward, conv_transpose2d
@@ -160,6 +161,47 @@ def test_gradient_has_the_layout_of_the_weight(outputs, forced):
     assert gradient.stride() == weight.stride()
 
 
+class Convolutions(TorchDispatchMode):
+    """The types that PyTorch's convolutions are asked to compute in."""
+
+    def __init__(self):
+        super().__init__()
+        self.types = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "convolution" in func.__name__:
+            self.types.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("small_channels", [1, 5], ids=["library", "tiles"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_rounded_once_where_the_cpu_has_none(dtype, small_channels, monkeypatch):
+    monkeypatch.setattr(conv, "_cpu_has", lambda dtype: dtype.itemsize > 2)
+    torch.manual_seed(0)
+    x = random(2, 3, 9, 9, dtype=dtype, requires_grad=True)
+    weight = random(small_channels, 3, 4, 4, dtype=dtype, requires_grad=True)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    truth = F.conv2d(*exact, None, 2, 1)
+    dy = random(*truth.shape, dtype=dtype)
+    truths = truth, *gradients(truth, dy.double(), *exact)
+
+    with Convolutions() as seen:
+        y = conv2d(x, weight, stride=2)
+        plain, kept = conv2d_forward(x.detach(), weight.detach(), None, 2)
+        results = [(y, *gradients(y, dy, x, weight)), (plain, *conv2d_backward(dy, kept)[:2])]
+    assert dtype not in seen.types
+    for actual in results:
+        for value, right in zip(actual, truths, strict=True):
+            assert value.dtype == dtype
+            half_a_digit = torch.finfo(dtype).eps / 2
+            torch.testing.assert_close(value.double(), right, rtol=1.01 * half_a_digit, atol=1e-5)
+
+    up = conv_transpose2d(y, weight)
+    right = F.conv_transpose2d(y.double(), weight.double(), None, 2, 1)
+    torch.testing.assert_close(up.double(), right, rtol=1.01 * torch.finfo(dtype).eps / 2, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "x, weight",
     [
@@ -169,7 +211,8 @@ def test_gradient_has_the_layout_of_the_weight(outputs, forced):
     ],
     ids=["bfloat16", "3x3", "one channel"],
 )
-def test_the_rest_is_the_library(x, weight):
+def test_the_rest_is_the_library(x, weight, monkeypatch):
+    monkeypatch.setattr(conv, "_cpu_has", lambda dtype: True)
     assert not conv.uses_tiles(x, weight, 2)
     x, weight = x.requires_grad_(), weight.requires_grad_()
     expected = F.conv2d(x, weight, None, 2, 1)
