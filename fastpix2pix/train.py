@@ -19,6 +19,7 @@ from fastpix2pix.data.catalog import DATASETS, fetch_dataset
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
 from fastpix2pix.errors import UserError
 from fastpix2pix.graph import CapturedStep, set_float32_math
+from fastpix2pix.host_memory import keep_freed_memory
 from fastpix2pix.models import build_networks
 from fastpix2pix.monitor import Monitor
 from fastpix2pix.optim import MasterAdam
@@ -162,6 +163,8 @@ def sample_pairs(root: Path, config: TrainConfig, device: torch.device) -> list:
 def train(config: TrainConfig) -> None:
     """Run training as ``config`` says. Raises UserError for what the user can mend."""
     device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     config = dataclasses.replace(
         config, precision=choose_precision(config.precision, device), direction=choose_direction(config)
     )

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fastpix2pix.config import GENERATOR_DEPTHS, TrainConfig
 from fastpix2pix.errors import UserError
 from fastpix2pix.graph import CapturedStep
+from fastpix2pix.host_memory import keep_freed_memory
 from fastpix2pix.models import Block, Epilogue, PatchDiscriminator, UNetGenerator
 from fastpix2pix.optim import MasterAdam
 from fastpix2pix.precision import WORKING_TYPES
@@ -370,6 +371,8 @@ class AcceleratedPix2Pix:
     def _start_training(self, opt: Any, n_layers: int, size: int) -> None:
         """Make our step, and put its optimizers where their schedulers find them."""
         on_gpu = self.device.type == "cuda"
+        if not on_gpu:
+            keep_freed_memory()
         tf32 = on_gpu and torch.backends.cudnn.allow_tf32
         config = TrainConfig(
             preset="junyanz",
