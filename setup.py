@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from setuptools import setup
 
 # DALI publishes wheels for Linux on x86-64 and Arm only; elsewhere the portable loader runs.
@@ -7,7 +9,7 @@ setup(
     name="fastpix2pix",
     version="0.1.0",
     description="pix2pix training as fast as the hardware allows, with the TensorFlow tutorial's numbers",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

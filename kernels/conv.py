@@ -16,8 +16,8 @@ and what differs is how the images and the weight are brought into matrix form (
   another basis, in which neighbouring outputs share products: 2.6 to 4 times fewer multiplications. With a
   stride of 2, even and odd pixels are treated as channels, and the kernel is 2x2.
 
-In float32 the rounding error is about that of the libraries' convolution (tests/test_conv.py). 16-bit images
-on a CPU without 16-bit arithmetic, where the libraries' convolution is 10 to 100 times slower than in float32,
+In float32 the rounding error is about that of the libraries' convolution (tests/test_conv.py). On a CPU
+without 16-bit arithmetic, where the libraries emulate it 10 to 100 times slower than float32, 16-bit images
 are convolved in float32 and rounded once. Everything else (GPU tensors, other kernels) goes to PyTorch's
 convolution.
 """
