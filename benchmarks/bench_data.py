@@ -19,7 +19,7 @@ ON_GPU = DEVICE.type == "cuda"
 IMAGES = 64
 # On the CPU as many as it takes to come to the loader's second chunk.
 STEPS = 400 if ON_GPU else 20
-EPOCH = "an epoch of 400 steps" if ON_GPU else f"{STEPS} of an epoch's 400 steps"
+EPOCH = f"{STEPS} steps, an epoch of the facades" if ON_GPU else f"{STEPS} steps of an epoch"
 CACHES = {"decoded in every epoch": 0, "kept decoded": 2**30}
 
 pytestmark = pytest.mark.benchmark(timer=clock)
