@@ -265,9 +265,10 @@ def test_model_of_a_step():
     """At 100 bytes and 10 operations a second: bound by memory, by arithmetic, by neither."""
     step = entries((500, 20), (100, 40), (0, 0))
     assert roofline.device_seconds(step, 100, 10) == 5 + 4
-    assert roofline.captured_seconds(step, 100, 10) == pytest.approx(9 + 3e-6 * roofline.CAPTURED_LAUNCH_US)
+    launches, operators = 3e-6 * roofline.CAPTURED_LAUNCH_US, 3e-6 * roofline.EAGER_OPERATOR_US
+    assert roofline.captured_seconds(step, 1e8, 1e7) == pytest.approx(9e-6 + launches)
     assert roofline.eager_seconds(step, 100, 10) == 9  # the host is done long before
-    assert roofline.eager_seconds(step, 1e12, 1e12) == pytest.approx(3e-6 * roofline.EAGER_OPERATOR_US)
+    assert roofline.eager_seconds(step, 1e8, 1e7) == pytest.approx(operators)
 
 
 def test_measured_rates(monkeypatch):
@@ -317,6 +318,23 @@ def test_a_modelled_time_is_called_so():
     assert header.count(", ms (model)") == len(roofline.GPUS)
     assert "Nothing here was measured on a GPU yet." in lines
     assert all(title.startswith("model: ") for title, _ in render.ladders([result]))
+
+
+def test_a_gpu_that_was_measured_is_named():
+    figures = {"ms": 1.2345, "over_plain": {"wall": 3.0}, "over_tuned": {"wall": 2.0}}
+    environment = {
+        "cpu": {"name": "C", "cores": 16, "threads": 16, "simd": "AVX512", "load": 1.0},
+        "gpu": {"name": "NVIDIA X", "cuda": "12.8", "power.limit": "350.00 W"},
+        "versions": {"torch": "2.9"},
+        "commit": "abc",
+        "date": "2026-01-01",
+    }
+    conditions = {"preset": "junyanz", "batch_size": 4, "pixels": 256, "rounds": 11}
+    result = {"what": "comparison", "environment": environment, "conditions": conditions}
+    text = render.section([result | {"figures": [{"name": "fastpix2pix bf16, captured", **figures}]}])
+    assert "NVIDIA X, power limit 350.00 W, PyTorch 2.9, CUDA 12.8" in " ".join(text.split())
+    assert "| **fastpix2pix bf16, captured** | 1.23 | 3.00 | 2.00 |" in text
+    assert "on a GPU yet" not in text and "busy" not in text
 
 
 def test_results_of_the_suites_do_not_name_the_host():
