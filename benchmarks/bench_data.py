@@ -41,7 +41,7 @@ def test_loader(benchmark, device, dataset, kind, memory):
                 next(stream)
 
         benchmark.pedantic(read, rounds=5, warmup_rounds=1)
-    benchmark.extra_info["pairs_per_s"] = IMAGES / benchmark.stats.stats.median
+    benchmark.extra_info |= {"images": dataset.name, "pairs_per_s": IMAGES / benchmark.stats.stats.median}
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,7 @@ def test_epoch(benchmark, device, dataset, memory):
         benchmark.pedantic(steps, args=(STEPS,), rounds=5 if ON_GPU else 1)
     seconds = benchmark.stats.stats.total
     benchmark.extra_info |= {
+        "images": dataset.name,
         "loader": loader.kind,
         "precision": config.precision,
         "ms_per_step": 1e3 * benchmark.stats.stats.median / STEPS,
