@@ -9,6 +9,7 @@ from benchmarks.peers import FUSED, PLAIN, PeerStep, Tuning, tuned
 from benchmarks.timing import Seconds, interleaved
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.graph import CapturedStep, set_float32_math
+from fastpix2pix.host_memory import keep_freed_memory
 from fastpix2pix.models import build_networks
 from fastpix2pix.precision import WORKING_TYPES, choose_precision
 from fastpix2pix.selfcheck import random_pairs
@@ -89,6 +90,8 @@ class Entrant:
         networks = build_networks(config, device)
         layout = torch.channels_last
         if contender.tuning is None:
+            if device.type == "cpu":
+                keep_freed_memory()  # as training does; contenders in the same process gain by it too
             step = TrainStep(*networks, config)
             self._step = CapturedStep(step) if contender.captured else step
         else:

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -149,6 +150,7 @@ def measure(label: str, dtype: str, this: Launch, arch: int) -> Row:
     )
 
 
+@cache  # layers share kernels
 def _disassemble(cubin: bytes) -> tuple[str, str]:
     """Resource usage and machine code of a kernel; no machine code where the tools no longer read it."""
     import triton.backends.nvidia

@@ -17,6 +17,8 @@ from fastpix2pix.kernels.gan_loss import BLOCK, gan_loss, gan_target_loss
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 MODES = ["vanilla", "lsgan"]
+# Relative, against Keras in float32. The exp and log of a GPU's kernels are approximate.
+FLOAT32 = {"cpu": 2e-6, "cuda": 1e-5}
 
 
 @pytest.fixture(params=["triton", "cpu"])
@@ -112,7 +114,7 @@ def test_golden_losses_and_gradients(device, golden, dtype):
     assert real.ravel()[:4].tolist() == numbers["first_values"]["real_logits"]
     x = torch.from_numpy(np.concatenate((real, fake))).permute(0, 3, 1, 2).to(device, dtype)
     losses, disc_grad, gen_grad = gan_loss(x)
-    rtol = 1e-13 if dtype == torch.float64 else 1e-5
+    rtol = 1e-13 if dtype == torch.float64 else FLOAT32[device]
     expected = [
         exact["discriminator_loss(real_logits, fake_logits)"],
         exact["generator_loss(fake_logits, gen_output, target)"]["gan"],
@@ -144,7 +146,7 @@ def test_golden_extreme_logits(device, golden, dtype):
         one = torch.full((1,), x, dtype=dtype, device=device)
         for real, expected in ((True, ones), (False, zeros)):
             loss, gradient = gan_target_loss(one, real)
-            assert loss.item() == pytest.approx(expected, rel=1e-5, abs=1e-38)
+            assert loss.item() == pytest.approx(expected, rel=FLOAT32[device], abs=1e-38)
             sigmoid = 1 / (1 + math.exp(x if real else -x))
             assert gradient.item() == pytest.approx(-sigmoid if real else sigmoid, rel=1e-5, abs=1e-38)
 
