@@ -85,10 +85,11 @@ def test_twenty_replays_equal_twenty_eager_steps(preset, precision):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("preset", ["tutorial", "junyanz"])
-def test_twenty_replays_of_the_full_network(preset):
-    make = partial(small_step, preset, ngf=64, num_downs=8)
-    assert_replays_equal_eager(make, list(pairs(20, size=256)))
+def test_twenty_replays_of_the_full_network(preset, precision):
+    make = partial(small_step, preset, precision, ngf=64, num_downs=8)
+    assert_replays_equal_eager(make, list(pairs(20, precision, size=256)))
 
 
 @pytest.mark.parametrize(
