@@ -374,20 +374,21 @@ def norm_act_forward_whole(
     """Statistics and results of a block of channels, group after group."""
     DTYPE: tl.constexpr = CONSTANTS.dtype
     columns = _columns(channels, TILE)
-    weight = _load_row(parameters.weight, 0, columns, DTYPE)
-    bias = _load_row(parameters.bias, 0, columns, DTYPE)
     running_mean = _load_row(parameters.running_mean, 0, columns, DTYPE)
     running_var = _load_row(parameters.running_var, 0, columns, DTYPE)
     for group in range(groups):
         first = group * pixels
         mean, m2 = _statistics(x, first, first + pixels, columns, DTYPE, TILE)
         rstd = tl.rsqrt(m2 / pixels.to(DTYPE) + CONSTANTS.eps)
+        # Loaded here: registers are scarce while the statistics are taken.
+        weight = _load_row(parameters.weight, 0, columns, DTYPE)
+        bias = _load_row(parameters.bias, 0, columns, DTYPE)
+        rows = Rows(mean, rstd, weight, bias)
+        _forward_pass(x, y, skip, first, first + pixels, columns, rows, dropout, CONSTANTS, TILE)
         _store_row(saved.mean, mean, group, columns)
         _store_row(saved.rstd, rstd, group, columns)
         if parameters.running_mean is not None:
             running_mean, running_var = _updated(running_mean, running_var, mean, m2, pixels, CONSTANTS)
-        rows = Rows(mean, rstd, weight, bias)
-        _forward_pass(x, y, skip, first, first + pixels, columns, rows, dropout, CONSTANTS, TILE)
     _store_row(parameters.running_mean, running_mean, 0, columns)
     _store_row(parameters.running_var, running_var, 0, columns)
 
@@ -442,6 +443,10 @@ def norm_act_forward_apply(
     if saved.mean is not None and chunk == 0:
         _store_row(saved.mean, rows.mean, group, columns)
         _store_row(saved.rstd, rows.rstd, group, columns)
+    first = group * pixels + chunk * apply_pixels
+    last = tl.minimum(first + apply_pixels, (group + 1) * pixels)
+    _forward_pass(x, y, skip, first, last, columns, rows, dropout, CONSTANTS, TILE)
+
     if partials.pointer is not None and parameters.running_mean is not None:  # noqa: SIM102 (compile time)
         if chunk + group == 0:
             for each in range(partials.groups):
@@ -449,10 +454,6 @@ def norm_act_forward_apply(
                 running_mean, running_var = _updated(running_mean, running_var, mean, m2, pixels, CONSTANTS)
             _store_row(parameters.running_mean, running_mean, 0, columns)
             _store_row(parameters.running_var, running_var, 0, columns)
-
-    first = group * pixels + chunk * apply_pixels
-    last = tl.minimum(first + apply_pixels, (group + 1) * pixels)
-    _forward_pass(x, y, skip, first, last, columns, rows, dropout, CONSTANTS, TILE)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
