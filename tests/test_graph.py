@@ -94,7 +94,11 @@ def test_twenty_replays_of_the_full_network(preset, precision):
 
 @pytest.mark.parametrize(
     ("preset", "precision"),
-    [("tutorial", "fp32"), ("tutorial", "fp16"), pytest.param("junyanz", "bf16", marks=pytest.mark.slow)],
+    [
+        ("tutorial", "fp32"),
+        pytest.param("tutorial", "fp16", marks=pytest.mark.slow),
+        pytest.param("junyanz", "bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_replays_on_triton_kernels(triton_device, monkeypatch, preset, precision):
     monkeypatch.setattr(graph, "WARM_UP_STEPS", 1)
