@@ -34,10 +34,19 @@ kernels_on_cpu = INTERPRETING
 """Whether CPU tensors go to the interpreter; the tests turn it on where they mean it (tests/conftest.py)."""
 
 
-# Whether a * b + c is fused by itself differs between GPUs, the interpreter and versions of Triton. Kernels
-# that want it say tl.fma, so that what is tested is what runs. 128 registers are what 16 warps, the most
-# that a program here has, can have each; without a limit ptxas spills a few to reach the next occupancy.
-_COMPILATION = {"enable_fp_fusion": False, "maxnreg": 128}
+REGISTERS = 2**16  # of a multiprocessor, in 32 bits
+MOST_REGISTERS = 255  # of a thread
+WARP = 32
+
+
+def _compilation(num_warps: int = 4, **_: Any) -> dict[str, Any]:
+    """How every kernel is compiled.
+
+    Whether a * b + c is fused by itself differs between GPUs, the interpreter and versions of Triton. Kernels
+    that want it say tl.fma, so that what is tested is what runs. A limit to the registers is named because
+    without one ptxas spills a few of some layers to reach the next step of occupancy; it is the hardware's.
+    """
+    return {"enable_fp_fusion": False, "maxnreg": min(REGISTERS // (WARP * num_warps), MOST_REGISTERS)}
 
 
 kernels_on_gpu = True
@@ -69,11 +78,11 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         """Enqueue the kernel (again), on the same tensors."""
-        self.kernel[self.grid](*self.args, **self.options, **_COMPILATION)
+        self.kernel[self.grid](*self.args, **self.options, **_compilation(**self.options))
 
     def compile(self) -> Any:
         """The compiled kernel (``triton.compiler.CompiledKernel``), without launching it."""
-        return self.kernel.warmup(*self.args, grid=self.grid, **self.options, **_COMPILATION)
+        return self.kernel.warmup(*self.args, grid=self.grid, **self.options, **_compilation(**self.options))
 
 
 _observer: Callable[[Launch], None] | None = None
@@ -148,7 +157,6 @@ def as_pixels(image: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------------------------- block sizes
 
-WARP = 32
 VECTOR_BYTES = 16
 """The widest access of one thread. Triton narrows it where threads would be left without work, so a tile has
 a vector for every thread wherever the image has the values."""

@@ -29,7 +29,7 @@ import torch
 import tyro
 
 from fastpix2pix.kernels import adam, gan_loss, launch, norm_act, pixel_loss
-from fastpix2pix.kernels.launch import Launch, cdiv, observed
+from fastpix2pix.kernels.launch import REGISTERS, Launch, cdiv, observed
 
 MODULES = (norm_act, gan_loss, pixel_loss, adam)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -56,7 +56,6 @@ MULTIPROCESSORS = {
     100: Multiprocessor(64, 32, 228 * 1024),
     120: Multiprocessor(48, 24, 100 * 1024),
 }
-REGISTERS = 65536
 REGISTER_UNIT = 256
 """Registers are handed to warps in such portions."""
 RESERVED_SHARED_BYTES = 1024
