@@ -6,9 +6,10 @@ and counted, in the same run as ours and from the same weights; and because they
 ``fastpix2pix``, equal losses are a check of both.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,30 +42,41 @@ def _tutorial_norm(channels: int, one_pixel: bool = False) -> nn.BatchNorm2d:
     return (OnePixelBatchNorm if one_pixel else nn.BatchNorm2d)(channels, eps=1e-3, momentum=0.01)
 
 
+def _downs(
+    widths: Sequence[int], norms: Iterable[nn.Module | None], activation: Callable[[], nn.Module]
+) -> nn.ModuleList:
+    """The U-Net's halvings, from three channels."""
+    return nn.ModuleList(
+        Block(nn.Conv2d(below, width, 4, 2, 1, bias=False), norm, 0.0, activation())
+        for below, width, norm in zip((3, *widths[:-1]), widths, norms, strict=True)
+    )
+
+
+def _ups(
+    widths: Sequence[int],
+    norm: Callable[[int], nn.Module],
+    dropouts: Iterable[float],
+    activation: Callable[[], nn.Module],
+) -> nn.ModuleList:
+    """The U-Net's doublings but the last; what goes into all but the first carries a skip."""
+    above = (widths[-1], *(2 * width for width in reversed(widths[1:-1])))
+    return nn.ModuleList(
+        Block(nn.ConvTranspose2d(before, width, 4, 2, 1, bias=False), norm(width), dropout, activation())
+        for before, width, dropout in zip(above, reversed(widths[:-1]), dropouts, strict=True)
+    )
+
+
 class TutorialGenerator(nn.Module):
     """The tutorial's U-Net: LeakyReLU before the skip, [up, skip], dropout in the three innermost blocks."""
 
     def __init__(self, num_downs: int = 8, ngf: int = 64, dropout: float = 0.5):
         super().__init__()
         widths = [ngf * min(2**i, 8) for i in range(num_downs)]
-        self.downs = nn.ModuleList(
-            Block(
-                nn.Conv2d(widths[i - 1] if i else 3, width, 4, 2, 1, bias=False),
-                _tutorial_norm(width, one_pixel=i == num_downs - 1) if i else None,
-                0.0,
-                nn.LeakyReLU(0.3),
-            )
-            for i, width in enumerate(widths)
-        )
-        self.ups = nn.ModuleList(
-            Block(
-                nn.ConvTranspose2d(widths[-1] if i == 0 else 2 * widths[-1 - i], width, 4, 2, 1, bias=False),
-                _tutorial_norm(width),
-                dropout if i < 3 else 0.0,
-                nn.ReLU(),
-            )
-            for i, width in enumerate(reversed(widths[:-1]))
-        )
+        norms = [_tutorial_norm(width) for width in widths[1:-1]]
+        norms = [None, *norms, _tutorial_norm(widths[-1], one_pixel=True)]
+        dropouts = [dropout if i < 3 else 0.0 for i in range(num_downs - 1)]
+        self.downs = _downs(widths, norms, partial(nn.LeakyReLU, 0.3))
+        self.ups = _ups(widths, _tutorial_norm, dropouts, nn.ReLU)
         self.last = nn.ConvTranspose2d(2 * ngf, 3, 4, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,24 +95,10 @@ class JunyanzGenerator(nn.Module):
     def __init__(self, num_downs: int = 8, ngf: int = 64, dropout: float = 0.5):
         super().__init__()
         widths = [ngf * min(2**i, 8) for i in range(num_downs)]
-        self.downs = nn.ModuleList(
-            Block(
-                nn.Conv2d(widths[i - 1] if i else 3, width, 4, 2, 1, bias=False),
-                nn.BatchNorm2d(width) if 0 < i < num_downs - 1 else None,
-                0.0,
-                nn.Identity(),
-            )
-            for i, width in enumerate(widths)
-        )
-        self.ups = nn.ModuleList(
-            Block(
-                nn.ConvTranspose2d(widths[-1] if i == 0 else 2 * widths[-1 - i], width, 4, 2, 1, bias=False),
-                nn.BatchNorm2d(width),
-                dropout if 0 < i < num_downs - 4 else 0.0,
-                nn.Identity(),
-            )
-            for i, width in enumerate(reversed(widths[:-1]))
-        )
+        norms = [None, *map(nn.BatchNorm2d, widths[1:-1]), None]
+        dropouts = [dropout if 0 < i < num_downs - 4 else 0.0 for i in range(num_downs - 1)]
+        self.downs = _downs(widths, norms, nn.Identity)
+        self.ups = _ups(widths, nn.BatchNorm2d, dropouts, nn.Identity)
         self.last = nn.ConvTranspose2d(2 * ngf, 3, 4, 2, 1)
         self.leaky, self.relu = nn.LeakyReLU(0.2, True), nn.ReLU(True)
 
@@ -114,39 +112,28 @@ class JunyanzGenerator(nn.Module):
         return torch.tanh(self.last(self.relu(x)))
 
 
-class TutorialDiscriminator(nn.Module):
-    def __init__(self, ndf: int = 64, n_layers: int = 3):
+class PatchGAN(nn.Module):
+    """Both discriminators: they differ in the norm, the slope and the bias of the first convolution."""
+
+    def __init__(
+        self,
+        ndf: int,
+        n_layers: int,
+        *,
+        norm: Callable[[int], nn.Module],
+        activation: Callable[[], nn.Module],
+        first_bias: bool,
+    ):
         super().__init__()
         widths = [ndf * min(2**i, 8) for i in range(n_layers + 1)]
         self.blocks = nn.ModuleList(
             Block(
-                nn.Conv2d(widths[i - 1] if i else 6, width, 4, 1 if i == n_layers else 2, 1, bias=False),
-                _tutorial_norm(width) if i else None,
+                nn.Conv2d(before, width, 4, 1 if i == n_layers else 2, 1, bias=first_bias and i == 0),
+                norm(width) if i else None,
                 0.0,
-                nn.LeakyReLU(0.3),
+                activation(),
             )
-            for i, width in enumerate(widths)
-        )
-        self.last = nn.Conv2d(widths[-1], 1, 4, 1, 1)
-
-    def forward(self, pair: Tensor) -> Tensor:
-        for block in self.blocks:
-            pair = block(pair)
-        return self.last(pair)
-
-
-class JunyanzDiscriminator(nn.Module):
-    def __init__(self, ndf: int = 64, n_layers: int = 3):
-        super().__init__()
-        widths = [ndf * min(2**i, 8) for i in range(n_layers + 1)]
-        self.blocks = nn.ModuleList(
-            Block(
-                nn.Conv2d(widths[i - 1] if i else 6, width, 4, 1 if i == n_layers else 2, 1, bias=i == 0),
-                nn.BatchNorm2d(width) if i else None,
-                0.0,
-                nn.LeakyReLU(0.2, True),
-            )
-            for i, width in enumerate(widths)
+            for i, (before, width) in enumerate(zip((6, *widths[:-1]), widths, strict=True))
         )
         self.last = nn.Conv2d(widths[-1], 1, 4, 1, 1)
 
@@ -157,8 +144,14 @@ class JunyanzDiscriminator(nn.Module):
 
 
 NETWORKS = {
-    "tutorial": (TutorialGenerator, TutorialDiscriminator),
-    "junyanz": (JunyanzGenerator, JunyanzDiscriminator),
+    "tutorial": (
+        TutorialGenerator,
+        partial(PatchGAN, norm=_tutorial_norm, activation=partial(nn.LeakyReLU, 0.3), first_bias=False),
+    ),
+    "junyanz": (
+        JunyanzGenerator,
+        partial(PatchGAN, norm=nn.BatchNorm2d, activation=partial(nn.LeakyReLU, 0.2, True), first_bias=True),
+    ),
 }
 
 

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import results, traffic
 from benchmarks.contenders import field, race
-from benchmarks.peers import FUSED, PLAIN, Tuning
+from benchmarks.peers import PLAIN, Tuning
 from benchmarks.timing import clock
 from benchmarks.traffic import Entry
 from fastpix2pix import cli
@@ -96,7 +96,7 @@ def modelled(preset: str, batch_size: int, gpu: Gpu) -> dict[str, dict[str, floa
     # PyTorch lets float32 convolutions use tf32 unless told otherwise (torch.backends.cudnn.allow_tf32).
     contenders = {
         "plain PyTorch": ("tf32", on_gpu(PLAIN)),
-        "tuned PyTorch": (gpu.sixteen, Tuning(channels_last=True, autocast=autocast, adam=FUSED)),
+        "tuned PyTorch": (gpu.sixteen, replace(traffic.TUNED, autocast=autocast)),
         "fastpix2pix": (gpu.sixteen, None),
     }
     rows = {}
