@@ -1,6 +1,9 @@
-"""Our training step against the others', in turns in one process, from the same weights on the same images.
+"""Our training step against the others', in turns, from the same weights on the same images.
 
     python -m benchmarks.compare
+
+Each contender has a process of its own and waits there for its turn, so that none gains or suffers by how
+another one sets up memory, arithmetic or kernels.
 
 A round takes every contender once, in an order of its own. Reported are medians over the rounds, and ratios:
 the median of the ratios within a round, which a machine that is slow for a while does not change.
@@ -14,7 +17,8 @@ from typing import Any, Literal
 import torch
 
 from benchmarks import results
-from benchmarks.contenders import field, race
+from benchmarks.contenders import field
+from benchmarks.race import race
 from benchmarks.timing import Seconds, speedup
 from fastpix2pix import cli
 from fastpix2pix.config import TrainConfig

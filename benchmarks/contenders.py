@@ -1,12 +1,10 @@
 """Who takes part: ways to run one training step, from what everybody writes to ours, on the same weights."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from benchmarks.peers import FUSED, PLAIN, PeerStep, Tuning, tuned
-from benchmarks.timing import Seconds, interleaved
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.graph import CapturedStep, set_float32_math
 from fastpix2pix.host_memory import keep_freed_memory
@@ -91,7 +89,7 @@ class Entrant:
         layout = torch.channels_last
         if contender.tuning is None:
             if device.type == "cpu":
-                keep_freed_memory()  # as training does; contenders in the same process gain by it too
+                keep_freed_memory()  # as training does; whoever comes later in this process gains by it too
             step = TrainStep(*networks, config)
             self._step = CapturedStep(step) if contender.captured else step
         else:
@@ -108,19 +106,3 @@ class Entrant:
         set_float32_math(self._arithmetic)  # a setting of the process, which others have changed
         self._taken += 1
         return self._step(*self._pairs[self._taken % len(self._pairs)])
-
-
-WARM_UP_STEPS = 3
-STEPS_ON_GPU = 20  # timed together
-
-
-def race(
-    contenders: Sequence[Contender], config: TrainConfig, device: torch.device, rounds: int
-) -> dict[str, list[Seconds]]:
-    """What a step takes each contender, in every round, after a warm-up."""
-    entrants = {contender.name: Entrant(contender, config, device) for contender in contenders}
-    for entrant in entrants.values():
-        for _ in range(WARM_UP_STEPS):
-            entrant.step()
-    steps = {name: entrant.step for name, entrant in entrants.items()}
-    return interleaved(steps, rounds, STEPS_ON_GPU if device.type == "cuda" else 1)

@@ -75,7 +75,7 @@ def comparison(result: Result) -> list[str]:
     """One training step: contenders in turns."""
     words = (
         f"Measured: a step of {images(result)}, on {hardware(result)} ({circumstances(result)}). From the "
-        "same weights, in turns in one process; medians of "
+        "same weights, in turns, each in a process of its own; medians of "
         f"{result['conditions']['rounds']} rounds, and how many times as fast within a round."
     )
     rows = [

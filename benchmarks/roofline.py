@@ -22,8 +22,9 @@ from typing import Any, Literal
 import torch
 
 from benchmarks import results, traffic
-from benchmarks.contenders import field, race
+from benchmarks.contenders import field
 from benchmarks.peers import PLAIN, Tuning
+from benchmarks.race import race
 from benchmarks.timing import clock
 from benchmarks.traffic import Entry
 from fastpix2pix import cli

@@ -26,24 +26,25 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def interleaved(
-    calls: Mapping[str, Callable[[], object]], rounds: int, times: int = 1
-) -> dict[str, list[Seconds]]:
-    """What a call takes, for every one of ``calls`` in every round; each round has an order of its own.
-
-    times: calls in a row that are timed together, for what is too short for the clock or for a GPU's queue
-    to fill.
+def timed(call: Callable[[], object], times: int = 1) -> Seconds:
+    """What a call takes, on average of so many in a row: for what is too short for the clock or for a GPU's
+    queue to fill.
     """
-    order, seconds = list(calls), {name: [] for name in calls}
+    began, began_cpu = clock(), time.process_time()
+    for _ in range(times):
+        call()
+    wall, cpu = clock() - began, time.process_time() - began_cpu
+    return Seconds(wall / times, cpu / times)
+
+
+def interleaved(turns: Mapping[str, Callable[[], Seconds]], rounds: int) -> dict[str, list[Seconds]]:
+    """What every one of ``turns`` says it took, in every round; each round has an order of its own."""
+    order, seconds = list(turns), {name: [] for name in turns}
     shuffle = random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            began, began_cpu = clock(), time.process_time()
-            for _ in range(times):
-                calls[name]()
-            wall, cpu = clock() - began, time.process_time() - began_cpu
-            seconds[name].append(Seconds(wall / times, cpu / times))
+            seconds[name].append(turns[name]())
     return seconds
 
 

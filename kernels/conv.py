@@ -231,14 +231,22 @@ def _each(matrix: Tensor, tiles: Tensor) -> Tensor:
     return torch.bmm(matrix.expand(tiles.shape[0], -1, -1), tiles)
 
 
-# One matrix product per coordinate of the basis, which is the middle dimension of all matrix forms.
+# One matrix product per coordinate of the basis, which is the middle dimension of all matrix forms. With one
+# coordinate and a weight that is larger than the image, the weight goes to the left: measured with MKL, that
+# takes half to nine tenths of the time, but several times as long for weight^T and 2 to 15 tiles.
 
 
 def _small(big: Tensor, weight: Tensor) -> Tensor:
+    tiles, coordinates, _ = big.shape
+    if coordinates == 1 and tiles <= weight.shape[0]:
+        return torch.mm(weight[:, 0], big[:, 0].t()).t().unsqueeze(1)
     return torch.bmm(big.transpose(0, 1), weight.permute(1, 2, 0)).transpose(0, 1)
 
 
 def _big(small: Tensor, weight: Tensor) -> Tensor:
+    tiles, coordinates, _ = small.shape
+    if coordinates == 1 and 16 <= tiles <= weight.shape[0]:
+        return torch.mm(weight[:, 0].t(), small[:, 0].t()).t().unsqueeze(1)
     return torch.bmm(small.transpose(0, 1), weight.transpose(0, 1)).transpose(0, 1)
 
 

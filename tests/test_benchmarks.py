@@ -3,14 +3,17 @@
 import json
 import platform
 import re
+import time
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from benchmarks import compare, render, results, roofline, timing, traffic
-from benchmarks.contenders import Entrant, field
+from benchmarks.contenders import Contender, Entrant, field
 from benchmarks.peers import PLAIN, PeerStep, tuned
+from benchmarks.race import race
 from benchmarks.timing import Seconds
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.kernels import launch
@@ -193,7 +196,9 @@ def test_ratios_do_not_drift_with_the_machine(monkeypatch):
         return work
 
     monkeypatch.setattr(timing, "clock", lambda: now)
-    seconds = timing.interleaved({"slow": call("slow", 3), "fast": call("fast", 1)}, rounds=400, times=2)
+    calls = {"slow": call("slow", 3), "fast": call("fast", 1)}
+    turns = {name: partial(timing.timed, work, times=2) for name, work in calls.items()}
+    seconds = timing.interleaved(turns, rounds=400)
     rounds = {tuple(made[i : i + 4]) for i in range(0, len(made), 4)}
     assert len(made) == 400 * 4
     assert rounds == {("slow", "slow", "fast", "fast"), ("fast", "fast", "slow", "slow")}
@@ -201,6 +206,24 @@ def test_ratios_do_not_drift_with_the_machine(monkeypatch):
     assert fast[-1] > 100 * fast[0]
     assert 2 * sum(slow + fast) == pytest.approx(now)
     assert timing.speedup(slow, fast) == pytest.approx(3, rel=0.01)
+
+
+def test_race():
+    """Seconds are those of the contender's own process, within the time that passed here."""
+    contenders = field(torch.device("cpu"))[:2]
+    began = time.perf_counter()
+    seconds = race(contenders, miniature("tutorial", ngf=8, ndf=8), torch.device("cpu"), rounds=3)
+    elapsed = time.perf_counter() - began
+    assert list(seconds) == [contender.name for contender in contenders]
+    taken = [turn for turns in seconds.values() for turn in turns]
+    assert len(taken) == 6 and all(turn.cpu > 0 for turn in taken)
+    assert 0 < sum(turn.wall for turn in taken) < elapsed
+
+
+def test_a_contender_that_cannot_run_is_named():
+    eights = Contender("ours in 8 bits", "", precision="fp8")
+    with pytest.raises(RuntimeError, match="ours in 8 bits has stopped"):
+        race([eights], miniature("tutorial"), torch.device("cpu"), rounds=1)
 
 
 def test_comparison_figures():

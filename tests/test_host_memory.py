@@ -1,29 +1,63 @@
-"""What is freed stays with the process, so that the next step need not map it again."""
+"""What is freed stays with the process, so that the next step need not map it again; in huge pages."""
 
-import resource
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says about memory")
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 PROGRAM = """
 import resource
 import torch
+from pathlib import Path
 from fastpix2pix.host_memory import keep_freed_memory
 
-keep_freed_memory()
+{keep}
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)  # 64 MiB
+    block = torch.ones(2**24)  # 64 MiB
+    del block
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+block = torch.ones(2**24)
+print(Path("/proc/self/smaps_rollup").read_text())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts the page faults of Linux")
-def test_large_blocks_are_not_mapped_again():
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    faults = list(map(int, done.stdout.split()))
-    if faults[0] < 2**26 / resource.getpagesize() / 2:
-        pytest.skip("this system maps more than a page at a time")
+def page_faults_and_memory(keep: str, **limits) -> tuple[list[int], str]:
+    command = [sys.executable, "-c", PROGRAM.format(keep=keep)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, **limits)
+    *faults, memory = done.stdout.split("\n", 20)
+    return list(map(int, faults)), memory
+
+
+@pytest.fixture(scope="module")
+def kept() -> tuple[list[int], str]:
+    return page_faults_and_memory("keep_freed_memory()")
+
+
+def test_large_blocks_are_not_mapped_again(kept):
+    mapped_again, _ = page_faults_and_memory("")
     # Not from the second on: an aligned block needs a gap somewhat larger than the last one left.
-    assert sum(faults[10:]) < faults[0] / 10
+    assert sum(kept[0][10:]) < sum(mapped_again[10:]) / 10
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="no transparent huge pages"
+)
+def test_large_blocks_lie_in_huge_pages(kept):
+    assert int(re.search(r"AnonHugePages:\s+(\d+) kB", kept[1])[1]) >= 60 * 1024
+
+
+def test_a_limit_of_the_process_does_no_harm():
+    def limit():
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))  # less than the heap would grow by
+
+    faults, _ = page_faults_and_memory("keep_freed_memory()", preexec_fn=limit)
+    assert sum(faults[10:]) < 1000
