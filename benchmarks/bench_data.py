@@ -11,6 +11,7 @@ from benchmarks.timing import clock
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.data import open_loader
 from fastpix2pix.graph import CapturedStep, set_float32_math
+from fastpix2pix.host_memory import keep_freed_memory
 from fastpix2pix.models import build_networks
 from fastpix2pix.precision import WORKING_TYPES
 from fastpix2pix.step import TrainStep
@@ -53,6 +54,8 @@ def test_epoch(benchmark, device, dataset, memory):
     benchmark.group = f"{EPOCH}, tutorial, batch 1"
     config = TrainConfig(precision=contender.precision)
     set_float32_math(config.precision)
+    if not ON_GPU:
+        keep_freed_memory()
     step = TrainStep(*build_networks(config, device), config)
     update = CapturedStep(step) if contender.captured else step
     loader = open_loader(

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fastpix2pix.errors import UserError
 from fastpix2pix.graph import Reading
+from fastpix2pix.history import History, read_history
 from fastpix2pix.step import Losses, TrainStep
 
 TUTORIAL_TAGS = ("gen_total_loss", "gen_gan_loss", "gen_l1_loss", "disc_loss")
@@ -73,7 +74,7 @@ class Monitor:
     """Shows the losses every ``print_freq`` steps and samples every ``display_freq``.
 
     Losses stay on the device until then and come over while training goes on: the host waits for the device
-    only where it draws samples or saves.
+    only where it draws samples or saves. ``history`` is what has arrived, of a continued run from its start.
     """
 
     def __init__(
@@ -88,11 +89,10 @@ class Monitor:
     ):
         self.run_folder, self.gan_mode, self.samples = run_folder, gan_mode, samples
         self.batch_size = batch_size
-        self.writer = SummaryWriter(
-            str(run_folder / "events"), purge_step=first_step + 1 if first_step else None
-        )
+        events = run_folder / "events"
+        self.history = read_history(events) if first_step else History()
+        self.writer = SummaryWriter(str(events), purge_step=first_step + 1 if first_step else None)
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
-        self._health = ""
         self._readings: deque[tuple[int, float, float, float, Reading]] = deque()
         self._unread = 0
         self._waited = 0.0
@@ -139,16 +139,22 @@ class Monitor:
             )
         for offset, row in enumerate(values.tolist()):
             for tag, value in zip(TUTORIAL_TAGS, row, strict=False):
-                self.writer.add_scalar(tag, value, first + offset)
-        self.writer.add_scalar("train/learning_rate", lr, step)
-        self.writer.add_scalar("train/images_per_second", rate, step)
-        self.writer.add_scalar("train/data_wait_share", wait, step)
+                self._add(tag, value, first + offset)
+        self._add("train/learning_rate", lr, step)
+        self._add("train/images_per_second", rate, step)
+        self._add("train/data_wait_share", wait, step)
         mean = Losses(*values.mean(0).tolist())
-        self._health = gan_health(mean.disc_real_loss, mean.disc_fake_loss, mean.gen_gan_loss, self.gan_mode)
+        self.history.health = gan_health(
+            mean.disc_real_loss, mean.disc_fake_loss, mean.gen_gan_loss, self.gan_mode
+        )
         self.bar.set_postfix_str(
             f"G {mean.gen_total_loss:.2f} (GAN {mean.gen_gan_loss:.2f}, L1 {mean.gen_l1_loss:.3f}) "
             f"D {mean.disc_loss:.2f}, {rate:.3g} images/s, {wait:.0%} waiting for data"
         )
+
+    def _add(self, tag: str, value: float, step: int) -> None:
+        self.writer.add_scalar(tag, value, step)
+        self.history.add(tag, step, value)
 
     def show_samples(self, step: int, lr: float, train_step: TrainStep) -> None:
         """Write the sample grid and the GAN health reading of this moment."""
@@ -158,8 +164,8 @@ class Monitor:
         folder.mkdir(exist_ok=True)
         grid.save(folder / f"step_{step:08d}.png")
         self.writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
-        self.writer.add_text("gan_health", self._health, step)
-        self.bar.write(f"step {step}: {self._health}")
+        self.writer.add_text("gan_health", self.history.health, step)
+        self.bar.write(f"step {step}: {self.history.health}")
         self._since = time.perf_counter()  # drawing is not training time
 
     def close(self) -> None:

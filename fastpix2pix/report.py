@@ -1,36 +1,34 @@
 """``report.html`` of a run, while it trains and after: loss curves, samples over time, configuration."""
 
-import dataclasses
 import json
 import math
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tensorboard.compat.proto.event_pb2 import Event
 
 from fastpix2pix import cli
 from fastpix2pix.config import RECIPES, TrainConfig
 from fastpix2pix.errors import UserError
+from fastpix2pix.history import History, read_history
 from fastpix2pix.page import link, text, write_page
 
-HEALTH_TAG = "gan_health/text_summary"  # TensorBoard's name for the text "gan_health"
 
-
-def write_report(run_folder: Path) -> Path:
+def write_report(run_folder: Path, history: History | None = None) -> Path:
     """Write ``run_folder / "report.html"`` from the run's ``events/``, ``samples/`` and ``config.json``.
 
-    Reads whatever is there so far, so it can be called at any moment of a run, by any process. Raises
-    UserError when ``run_folder`` is no run, or the page cannot be written.
+    history: what ``events/`` says, of a caller that has it. Reads whatever is there so far, so it can be
+    called at any moment of a run, by any process. Raises UserError when ``run_folder`` is no run, or the page
+    cannot be written.
     """
     try:
         config = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{run_folder} has no readable config.json; give the folder of a run") from error
-    history = read_history(run_folder / "events")
+    if history is None:
+        history = read_history(run_folder / "events")
     name = config.get("name", run_folder.name)
     body = f"""
 <header>
@@ -51,63 +49,6 @@ def write_report(run_folder: Path) -> Path:
         path, title=f"{config.get('name', run_folder.name)}: report", style=STYLE, body=body, script=SCRIPT
     )
     return path
-
-
-# ----------------------------------------------------------------------------------------- event files
-
-
-@dataclass
-class History:
-    """What TensorBoard's event files say: per tag the steps (increasing) and values, and the last health."""
-
-    steps: dict[str, list[int]] = dataclasses.field(default_factory=dict)
-    values: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    health: str = ""
-
-    def add(self, tag: str, step: int, value: float) -> None:
-        """Append a point; a step reached for the second time, in a continued run, replaces what followed."""
-        steps, values = self.steps.setdefault(tag, []), self.values.setdefault(tag, [])
-        while steps and steps[-1] >= step:
-            steps.pop()
-            values.pop()
-        steps.append(step)
-        values.append(value)
-
-    def last(self, tag: str) -> float | None:
-        return self.values[tag][-1] if tag in self.values else None
-
-
-def read_history(events: Path) -> History:
-    """Scalars and GAN health of all event files in ``events``, oldest file first.
-
-    TensorBoard's own reader checks every record's CRC in Python, which takes several times as long for the
-    hundreds of thousands of points of a run.
-    """
-    history = History()
-    for path in sorted(events.glob("events.out.tfevents.*"), key=lambda path: path.name):
-        for record in _records(path):
-            event = Event.FromString(record)
-            for value in event.summary.value:
-                if value.HasField("simple_value"):
-                    history.add(value.tag, event.step, value.simple_value)
-                elif value.tag == HEALTH_TAG:
-                    history.health = value.tensor.string_val[0].decode("utf-8", "replace")
-    return history
-
-
-def _records(path: Path) -> Iterator[bytes]:
-    """The records of a TFRecord file: length (uint64), CRC (4 bytes), the record, CRC (4 bytes).
-
-    A last record that is still being written is left out.
-    """
-    content = path.read_bytes()
-    start = 12
-    while start <= len(content):
-        (length,) = struct.unpack_from("<Q", content, start - 12)
-        if start + length + 4 > len(content):
-            return
-        yield content[start : start + length]
-        start += length + 16
 
 
 # ------------------------------------------------------------------------------------------ page parts

@@ -217,7 +217,7 @@ def train(config: TrainConfig) -> None:
         state = training_state(step, config, done, epoch, position)
         checkpoint.save(folder, done, state, config.keep_checkpoints)
         monitor.writer.flush()
-        write_report(folder)
+        write_report(folder, monitor.history)
 
     update = CapturedStep(step) if device.type == "cuda" and not config.no_graph else step
     stream = loader.stream(epoch, position)

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fastpix2pix import report
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.errors import UserError
+from fastpix2pix.history import read_history
 
 TAGS = ("gen_total_loss", "gen_gan_loss", "gen_l1_loss", "disc_loss")
 
@@ -44,7 +45,7 @@ def test_history_is_what_tensorboard_reads(run):
     write_events(events, range(1, 301), lambda tag, step: math.sin(step) / len(tag))
     accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0})
     accumulator.Reload()
-    history = report.read_history(events)
+    history = read_history(events)
     for tag in TAGS:
         assert history.steps[tag] == [point.step for point in accumulator.Scalars(tag)]
         assert history.values[tag] == [point.value for point in accumulator.Scalars(tag)]
@@ -57,7 +58,7 @@ def test_continued_run_replaces_what_it_did_again(run):
     write_events(events, range(21, 26), lambda tag, step: 2.0, purge_step=21).rename(
         events / "events.out.tfevents.2.a"
     )
-    history = report.read_history(events)
+    history = read_history(events)
     assert history.steps["disc_loss"] == [*range(1, 26)]
     assert history.values["disc_loss"] == [1.0] * 20 + [2.0] * 5
 
@@ -66,7 +67,7 @@ def test_continued_run_replaces_what_it_did_again(run):
 def test_record_that_is_being_written_is_left_out(run, missing):
     file = write_events(run / "events", range(1, 11))
     file.write_bytes(file.read_bytes()[:-missing])
-    steps = report.read_history(run / "events").steps["disc_loss"]
+    steps = read_history(run / "events").steps["disc_loss"]
     assert steps == [*range(1, len(steps) + 1)] and len(steps) in (8, 9)
 
 

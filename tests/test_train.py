@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastpix2pix import checkpoint, monitor
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.data.catalog import DATASETS
+from fastpix2pix.report import write_report
 from fastpix2pix.train import choose_direction, main
 
 PAIRS = 7
@@ -94,6 +95,8 @@ def test_a_stop_request_finishes_the_step_saves_and_can_be_continued(tmp_path, d
     stopped = run(tmp_path, dataroot, "stopped", "--continue_train")
     assert checkpoint.load(checkpoint.latest(stopped))["step"] == 14
     assert_same_state(whole, stopped)
+    page = (stopped / "report.html").read_text()  # of what training remembers; now of what the files say
+    assert write_report(stopped).read_text() == page
 
 
 def test_run_folder(tmp_path, dataroot):
