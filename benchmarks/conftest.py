@@ -10,6 +10,7 @@ from benchmarks import results
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ENVIRONMENT = results.environment(DEVICE)  # before the suite itself loads the machine
 SHARED_FACADES = Path(__file__).resolve().parents[2] / "shared" / "facades"
 
 
@@ -27,9 +28,7 @@ def pytest_benchmark_update_json(output_json: dict) -> None:
         output_json.pop(key, None)
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)
-    output_json |= results.rounded(
-        {"what": "suite", "environment": results.environment(DEVICE), **output_json}
-    )
+    output_json |= results.rounded({"what": "suite", "environment": ENVIRONMENT, **output_json})
 
 
 @pytest.fixture(scope="session")
