@@ -25,17 +25,14 @@ class Racer:
         arguments = theirs, contender, config, device, torch.get_num_threads()
         spawn.Process(target=_take_turns, args=arguments).start()
         theirs.close()
-        self._receive()
+        self.turn()  # so that it is warm before the next one starts
 
     def turn(self) -> Seconds:
         """What a step takes now; on a GPU, of several in a row. RuntimeError if the process has ended."""
-        self._connection.send(None)
-        return self._receive()
-
-    def _receive(self) -> Seconds | None:
         try:
+            self._connection.send(None)
             return self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise RuntimeError(f"{self._name} has stopped; its error stands above") from None
 
     def close(self) -> None:
@@ -50,7 +47,6 @@ def _take_turns(
     entrant = Entrant(contender, config, device)
     for _ in range(WARM_UP_STEPS):
         entrant.step()
-    connection.send(None)
     while True:
         try:
             connection.recv()

@@ -27,8 +27,9 @@ def clock() -> float:
 
 
 def timed(call: Callable[[], object], times: int = 1) -> Seconds:
-    """What a call takes, on average of so many in a row: for what is too short for the clock or for a GPU's
-    queue to fill.
+    """What a call takes, on average over ``times`` in a row.
+
+    Several at once are for what is too short for the clock, or for a GPU's queue to fill.
     """
     began, began_cpu = clock(), time.process_time()
     for _ in range(times):

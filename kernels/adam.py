@@ -1,8 +1,8 @@
 """Adam on fp32 masters: gradient, moments, master and working copy are each touched once.
 
 One kernel serves every parameter. A large one has a launch of its own, which can start as soon as its
-gradient is there; small ones (norm weights, biases, the outermost convolutions) share launches, because at a
-few microseconds each their number would cost more than their bytes. The tensors of a launch are passed as
+gradient is there; small ones (norm weights, biases, the outer convolutions) share launches, because at a few
+microseconds each their number would cost more than their bytes. The tensors of a launch are passed as
 tuples of pointers, ordinary arguments: a captured launch keeps the addresses that it saw, an eager one sees
 those of today's gradients, and no table of addresses has to be kept true.
 """
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fastpix2pix.kernels.launch import cdiv, launch, tl, triton, use_triton
 
-LARGE = 2**16
-"""Elements from which a tensor has its own launch: 1.8 MB of traffic, as long as a launch takes."""
+LARGE = 2**20
+"""Elements from which a tensor has its own launch. The gradients of all smaller ones, 1.6 million elements of
+both networks together, can wait in a GPU's L2 cache for a launch that they share."""
 
 MOST_TENSORS = 40
 """Tensors of one launch. Every program looks for its own among them, a few scalar instructions for each; the
@@ -351,6 +352,7 @@ def specimens(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """A large weight and the small ones of both networks, of the tutorial at 256x256 (see report.py)."""
     channels = (128, 256, *(7 * (512,)), 256, 128, 64)
     norms = [size for size in channels for _ in ("weight", "bias")]
+    outer = [128 * 64 * 16, 256 * 128 * 16]
     scaled = dtype == torch.float16
     number = torch.empty(()) if scaled else None
     clock, form = AdamClock.create(torch.device("cpu")), AdamForm(0.5, 0.999, 1e-7, True)
@@ -360,8 +362,8 @@ def specimens(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
 
     for label, sizes in (
         ("weight 512x512x4x4", [512 * 512 * 16]),
-        ("small weights of G", [64 * 3 * 16, *norms, 128 * 3 * 16, 3]),
-        ("small weights of D", [64 * 6 * 16, 128, 128, 256, 256, 512, 512, 512 * 16, 1]),
+        ("small weights of G", [64 * 3 * 16, *outer, *norms, 256 * 64 * 16, 128 * 3 * 16, 3]),
+        ("small weights of D", [64 * 6 * 16, *outer, 128, 128, 256, 256, 512, 512, 512 * 16, 1]),
     ):
         grads, states = vectors(sizes, dtype), [vectors(sizes, torch.float32) for _ in range(3)]
         workings = None if dtype == torch.float32 else vectors(sizes, dtype)
