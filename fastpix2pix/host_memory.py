@@ -25,12 +25,16 @@ def keep_freed_memory() -> None:
         return
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, NEVER)
+    try:  # Not beyond a limit: when a malloc fails, this thread turns to another heap, which is trimmed.
+        mmap.mmap(-1, HEAP, flags=mmap.MAP_PRIVATE).close()
+    except OSError:
+        return
     # The heap grows by HEAP and, as nothing is trimmed, keeps it. It is memory only once it is written to.
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     block = libc.malloc(HEAP)
-    if block is not None:  # else a limit of the process or the system forbids it, and its pages stay small
+    if block is not None:
         begin, end = -(-block // HUGE_PAGE) * HUGE_PAGE, (block + HEAP) // HUGE_PAGE * HUGE_PAGE
         libc.madvise(begin, end - begin, mmap.MADV_HUGEPAGE)  # advice: refused, it changes nothing
         libc.free(block)
