@@ -1,4 +1,4 @@
-"""How the C library hands out memory, which decides a fifth of a training step's time on a CPU."""
+"""How the C library hands out memory, which decides a seventh of a training step's time on a CPU."""
 
 import ctypes
 import mmap
@@ -10,7 +10,7 @@ M_MMAP_MAX = -4
 NEVER = -1
 
 HUGE_PAGE = 2 << 20
-HEAP = 4 << 30  # a step of the full networks takes 1.5 GiB at batch size 1
+HEAP = 4 << 30  # training the full networks takes 1.5 GB at batch size 1
 
 
 def keep_freed_memory() -> None:

@@ -233,7 +233,7 @@ def _each(matrix: Tensor, tiles: Tensor) -> Tensor:
 
 # One matrix product per coordinate of the basis, which is the middle dimension of all matrix forms. With one
 # coordinate and a weight that is larger than the image, the weight goes to the left: measured with MKL, that
-# takes half to nine tenths of the time, but several times as long for weight^T and 2 to 15 tiles.
+# takes half to nearly all of the time, but three to fifteen times as long for weight^T and 2 to 8 tiles.
 
 
 def _small(big: Tensor, weight: Tensor) -> Tensor:
