@@ -20,16 +20,16 @@ from benchmarks.roofline import copy_bandwidth
 from benchmarks.timing import captured, clock
 from fastpix2pix.kernels import adam, launch, reference
 from fastpix2pix.kernels.adam import AdamClock, AdamForm
-from fastpix2pix.kernels.conv import conv2d, conv_transpose2d
+from fastpix2pix.kernels.cpu_conv import conv2d, conv_transpose2d
 from fastpix2pix.kernels.gan_loss import gan_loss
 from fastpix2pix.kernels.norm_act import norm_act
-from fastpix2pix.kernels.pixel_loss import pixel_loss
 from fastpix2pix.kernels.reference import NormActConfig
+from fastpix2pix.kernels.tanh_l1 import tanh_l1
 from fastpix2pix.precision import WORKING_TYPES, choose_precision
 
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = WORKING_TYPES[choose_precision(None, DEVICE)]
-MOST_INPUTS = 64
+MAX_INPUTS = 64
 
 pytestmark = pytest.mark.benchmark(timer=clock, max_time=0.3, min_rounds=5, warmup=True, warmup_iterations=3)
 
@@ -127,7 +127,7 @@ def torch_pixel_loss(x: Tensor, bias: Tensor, target: Tensor, slot: Tensor) -> t
     return fake, F.l1_loss(fake.float(), target.float())
 
 
-def pixel_loss_calls() -> Calls:
+def tanh_l1_calls() -> Calls:
     """tanh into the discriminator's input, L1 loss, and the way back from both."""
     x, target, dfake = image(1, 3, 256, grad=True), image(1, 3, 256), image(1, 3, 256)
     bias = torch.zeros(3, device=DEVICE, requires_grad=True)
@@ -136,14 +136,14 @@ def pixel_loss_calls() -> Calls:
 
     @torch.no_grad()
     def by_reference() -> object:
-        fake, _ = reference.pixel_loss_forward(x, bias, target, slot)
-        return reference.pixel_loss_backward(*upstream, fake, target, bias)
+        fake, _ = reference.tanh_l1_forward(x, bias, target, slot)
+        return reference.tanh_l1_backward(*upstream, fake, target, bias)
 
     def by(function: Callable) -> Callable[[], object]:
         return partial(there_and_back, lambda x, bias: function(x, bias, target, slot), [x, bias], upstream)
 
     return {
-        OURS: by(pixel_loss),
+        OURS: by(tanh_l1),
         REFERENCE: by_reference,
         TORCH: by(torch_pixel_loss),
         COMPILED: by(lambda *inputs: compiled(torch_pixel_loss)(*inputs)),
@@ -212,7 +212,7 @@ CASES = {
     "norm_act up 8x8x512": (partial(norm_act_calls, 512, 8, UP), EVERY_SIDE),
     # Not compiled: compiled code frees what it saved after one way back, and here are two.
     "gan_loss 30x30": (gan_loss_calls, (OURS, REFERENCE, TORCH)),
-    "pixel_loss 256x256": (pixel_loss_calls, EVERY_SIDE),
+    "tanh_l1 256x256": (tanh_l1_calls, EVERY_SIDE),
     "adam 512x512x4x4": (partial(adam_calls, 512 * 512 * 16), (OURS, REFERENCE, DEFAULT_ADAM, FUSED_ADAM)),
 }
 CONVOLUTIONS = {
@@ -240,7 +240,7 @@ def test_kernel(benchmark, name, side):
         return
     moved = declared_bytes(make()[OURS])
     l2 = torch.cuda.get_device_properties(DEVICE).L2_cache_size
-    count = min(1 + ceil(2 * l2 / moved), MOST_INPUTS)
+    count = min(1 + ceil(2 * l2 / moved), MAX_INPUTS)
     benchmark(captured([make()[side] for _ in range(count)]))
     seconds = benchmark.stats.stats.median / count
     benchmark.extra_info |= {

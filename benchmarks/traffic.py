@@ -42,7 +42,7 @@ _KIND_OF_NAME = {
     "convolution": "convolution",
     "norm_act": "epilogue",
     "gan_loss": "loss",
-    "pixel_loss": "loss",
+    "tanh_l1": "loss",
     "native_batch_norm": "epilogue",
     "leaky_relu": "epilogue",
     "relu": "epilogue",

@@ -114,7 +114,7 @@ def restore(state: Iterable[Tensor], values: Iterable[Tensor]) -> None:
         tensor.copy_(value)
 
 
-class Reading:
+class AsyncHostCopy:
     """A copy of a device tensor on its way to the host; ``ready`` never waits, ``wait`` does."""
 
     def __init__(self, tensor: Tensor):

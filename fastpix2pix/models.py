@@ -13,12 +13,18 @@ from torch.autograd.function import once_differentiable
 
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.errors import UserError
-from fastpix2pix.kernels.conv import Kept, conv2d, conv2d_backward, conv2d_forward, conv_transpose2d
+from fastpix2pix.kernels.cpu_conv import (
+    ConvContext,
+    conv2d,
+    conv2d_backward,
+    conv2d_forward,
+    conv_transpose2d,
+)
 from fastpix2pix.kernels.norm_act import norm_act, norm_act_backward, norm_act_forward
 from fastpix2pix.kernels.reference import NormActConfig, compute_dtype
 
 KERNEL_SIZE = 4
-FEWEST_DOWNS = 5
+MIN_DOWNS = 5
 
 
 @dataclass(frozen=True)
@@ -231,8 +237,8 @@ class UNetGenerator(nn.Module):
     ):
         super().__init__()
         dialect = _dialect(preset)
-        if num_downs < FEWEST_DOWNS:
-            raise UserError(f"num_downs is {num_downs}; the U-Net has at least {FEWEST_DOWNS} downsamplings")
+        if num_downs < MIN_DOWNS:
+            raise UserError(f"num_downs is {num_downs}; the U-Net has at least {MIN_DOWNS} downsamplings")
         if norm not in ("batch", "instance"):
             raise UserError(f"norm is {norm!r}; choose batch or instance")
         self.preset, self.norm, self.num_downs, self.skip_first = preset, norm, num_downs, dialect.skip_first
@@ -387,7 +393,7 @@ class PatchDiscriminator(nn.Module):
             x = block(x)
         return self.with_bias(conv2d(x, self.last.weight, stride=1))
 
-    def judge(
+    def shared_forward(
         self, pairs: Tensor, fake: Tensor, fake_rows: slice, *, parts: int = 2, train: bool = True
     ) -> tuple[Tensor, Tensor]:
         """One forward pass with two ways back: for the discriminator's weights and for the fake image.
@@ -400,22 +406,22 @@ class PatchDiscriminator(nn.Module):
         losses of a simultaneous update so share one forward pass, as on the tutorial's two tapes.
         """
         parameters = tuple(self.parameters()) if train else ()
-        return _Judge.apply(self, pairs, fake, fake_rows, parts, *parameters)
+        return _SharedForward.apply(self, pairs, fake, fake_rows, parts, *parameters)
 
 
-class _JudgedLayer(NamedTuple):
+class _LayerContext(NamedTuple):
     """What the way back needs of one block of the discriminator."""
 
     block: Block
     config: NormActConfig
-    kept: Kept
+    kept: ConvContext
     pre: Tensor
     mean: Tensor | None
     rstd: Tensor | None
 
 
-class _Judge(torch.autograd.Function):
-    """``PatchDiscriminator.judge``: the chain is short enough to be differentiated by hand."""
+class _SharedForward(torch.autograd.Function):
+    """``PatchDiscriminator.shared_forward``: the chain is short enough to be differentiated by hand."""
 
     @staticmethod
     def forward(ctx, discriminator, pairs, fake, fake_rows, parts, *parameters):
@@ -427,7 +433,7 @@ class _Judge(torch.autograd.Function):
             x, _, mean, rstd = norm_act_forward(
                 pre, epilogue.weight, epilogue.bias, epilogue.running_mean, epilogue.running_var, None, config
             )
-            layers.append(_JudgedLayer(block, config, kept, pre, mean, rstd))
+            layers.append(_LayerContext(block, config, kept, pre, mean, rstd))
         logits, ctx.last = conv2d_forward(x, discriminator.last.weight, None, 1)
         ctx.discriminator, ctx.layers = discriminator, layers
         ctx.fake_rows, ctx.fake_channels = fake_rows, fake.shape[1]
@@ -439,10 +445,10 @@ class _Judge(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogits, dfake_logits):
-        by_weights = [] if dlogits is None else _Judge._weight_gradients(ctx, dlogits)
+        by_weights = [] if dlogits is None else _SharedForward._weight_gradients(ctx, dlogits)
         dfake = None
         if dfake_logits is not None and ctx.needs_input_grad[2]:
-            dfake = _Judge._image_gradient(ctx, dfake_logits)
+            dfake = _SharedForward._image_gradient(ctx, dfake_logits)
         absent = [None] * (len(ctx.needs_input_grad) - 5 - len(by_weights))
         return None, None, dfake, None, None, *by_weights, *absent
 

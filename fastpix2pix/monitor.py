@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from fastpix2pix.errors import UserError
-from fastpix2pix.graph import Reading
+from fastpix2pix.graph import AsyncHostCopy
 from fastpix2pix.history import History, read_history
 from fastpix2pix.step import Losses, TrainStep
 
@@ -93,7 +93,7 @@ class Monitor:
         self.history = read_history(events) if first_step else History()
         self.writer = SummaryWriter(str(events), purge_step=first_step + 1 if first_step else None)
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
-        self._readings: deque[tuple[int, float, float, float, Reading]] = deque()
+        self._readings: deque[tuple[int, float, float, float, AsyncHostCopy]] = deque()
         self._unread = 0
         self._waited = 0.0
         self._since = time.perf_counter()
@@ -115,7 +115,7 @@ class Monitor:
         if self._unread:
             seconds = time.perf_counter() - self._since
             rate, wait = self._unread * self.batch_size / seconds, self._waited / seconds
-            reading = Reading(train_step.last_losses(self._unread))
+            reading = AsyncHostCopy(train_step.last_losses(self._unread))
             self._readings.append((step, lr, rate, wait, reading))
             self._unread, self._waited, self._since = 0, 0.0, time.perf_counter()
         while self._readings and self._readings[0][-1].ready():
@@ -127,7 +127,7 @@ class Monitor:
         while self._readings:
             self._show_losses(*self._readings.popleft())
 
-    def _show_losses(self, step: int, lr: float, rate: float, wait: float, reading: Reading) -> None:
+    def _show_losses(self, step: int, lr: float, rate: float, wait: float, reading: AsyncHostCopy) -> None:
         values = reading.wait()
         first = step - len(values) + 1
         finite = values.isfinite().all(1)

@@ -50,7 +50,7 @@ def disagreement(config: TrainConfig, device: torch.device) -> float:
     return worst
 
 
-def trusted(config: TrainConfig, device: torch.device) -> TrainConfig:
+def verify_or_fall_back(config: TrainConfig, device: torch.device) -> TrainConfig:
     """The configuration to train with on a GPU: ``config`` where the step agrees with its reference.
 
     Where it does not, warns, and gives up first the captured graph and then the Triton kernels.

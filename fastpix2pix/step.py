@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.kernels.adam import LARGE
 from fastpix2pix.kernels.gan_loss import gan_loss, gan_target_loss
-from fastpix2pix.kernels.pixel_loss import pixel_loss
 from fastpix2pix.kernels.reference import GanLoss, compute_dtype
+from fastpix2pix.kernels.tanh_l1 import tanh_l1
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator, set_working_type
 from fastpix2pix.optim import LossScale, MasterAdam
 from fastpix2pix.precision import WORKING_TYPES
@@ -214,7 +214,7 @@ class TrainStep:
     def _generate(self, source: Tensor, target: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The generated image, written into the last channels of ``memory``, and its L1 loss."""
         out = memory[:, source.shape[1] :]
-        return pixel_loss(self.generator.before_tanh(source), self.generator.last.bias, target, out=out)
+        return tanh_l1(self.generator.before_tanh(source), self.generator.last.bias, target, out=out)
 
     @property
     def _scale(self) -> Tensor | None:
@@ -237,7 +237,7 @@ class TrainStep:
     def _simultaneous(self, source: Tensor, target: Tensor) -> Losses:
         pairs, fake_rows = self._pairs(source, target)
         self.fake, l1 = self._generate(source, target, pairs[fake_rows])
-        logits, fake_logits = self.discriminator.judge(pairs, self.fake, fake_rows)
+        logits, fake_logits = self.discriminator.shared_forward(pairs, self.fake, fake_rows)
         gan = self._gan_loss(logits)
         # The two ways back share no weight, so one backward pass gives each network its own gradient.
         self._backward(
@@ -252,11 +252,11 @@ class TrainStep:
     def _alternating(self, source: Tensor, target: Tensor) -> Losses:
         pairs, fake_rows = self._pairs(source, target)
         self.fake, l1 = self._generate(source, target, pairs[fake_rows])
-        logits, _ = self.discriminator.judge(pairs, self.fake.detach(), fake_rows)
+        logits, _ = self.discriminator.shared_forward(pairs, self.fake.detach(), fake_rows)
         gan = self._gan_loss(logits)
         self._backward((logits,), (gan.disc_grad,), self.disc_optimizer)
 
-        _, fake_logits = self.discriminator.judge(
+        _, fake_logits = self.discriminator.shared_forward(
             pairs[fake_rows], self.fake, slice(None), parts=1, train=False
         )
         gen, gen_grad = self._generator_loss(fake_logits)

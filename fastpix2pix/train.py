@@ -25,7 +25,7 @@ from fastpix2pix.monitor import Monitor
 from fastpix2pix.optim import MasterAdam
 from fastpix2pix.precision import WORKING_TYPES, choose_precision
 from fastpix2pix.report import write_report
-from fastpix2pix.selfcheck import trusted
+from fastpix2pix.selfcheck import verify_or_fall_back
 from fastpix2pix.step import TrainStep
 
 SAMPLE_PAIRS = 4
@@ -189,7 +189,7 @@ def train(config: TrainConfig) -> None:
     samples = sample_pairs(root, config, device)
     set_float32_math(config.precision)
     if device.type == "cuda":
-        config = trusted(config, device)
+        config = verify_or_fall_back(config, device)
     step = TrainStep(*build_networks(config, device), config)
     done, epoch, position = 0, 0, 0
     if config.continue_train:

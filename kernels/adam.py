@@ -21,7 +21,7 @@ LARGE = 2**20
 """Elements from which a tensor has its own launch. The gradients of all smaller ones, 1.6 million elements of
 both networks together, can wait in a GPU's L2 cache for a launch that they share."""
 
-MOST_TENSORS = 40
+MAX_TENSORS = 40
 """Tensors of one launch. Every program looks for its own among them, a few scalar instructions for each; the
 pointers (5 * 40 * 8 bytes) stay far below the 4 KiB that a kernel's arguments may take."""
 
@@ -285,8 +285,8 @@ def _launches(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
             yield [index]
         else:
             small.append(index)
-    for start in range(0, len(small), MOST_TENSORS):
-        yield small[start : start + MOST_TENSORS]
+    for start in range(0, len(small), MAX_TENSORS):
+        yield small[start : start + MAX_TENSORS]
 
 
 def _members(tensors: Sequence[Tensor], indices: list[int]) -> tuple[Tensor, ...]:

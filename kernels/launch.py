@@ -35,7 +35,7 @@ kernels_on_cpu = INTERPRETING
 
 
 REGISTERS = 2**16  # of a multiprocessor, in 32 bits
-MOST_REGISTERS = 255  # of a thread
+MAX_REGISTERS = 255  # of a thread
 WARP = 32
 
 
@@ -46,7 +46,7 @@ def _compilation(num_warps: int = 4, **_: Any) -> dict[str, Any]:
     that want it say tl.fma, so that what is tested is what runs. A limit to the registers is named because
     without one ptxas spills a few of some layers to reach the next step of occupancy; it is the hardware's.
     """
-    return {"enable_fp_fusion": False, "maxnreg": min(REGISTERS // (WARP * num_warps), MOST_REGISTERS)}
+    return {"enable_fp_fusion": False, "maxnreg": min(REGISTERS // (WARP * num_warps), MAX_REGISTERS)}
 
 
 kernels_on_gpu = True
@@ -169,26 +169,26 @@ SECTOR_BYTES = 32
 class Regime:
     """How the programs of a kernel are cut out of an image.
 
-    sectors: of each pixel, at least. vectors: of a tile, held by each thread. most_warps: of one program.
+    sectors: of each pixel, at least. vectors: of a tile, held by each thread. max_warps: of one program.
     """
 
     sectors: int
     vectors: int
-    most_warps: int
+    max_warps: int
 
 
 # A program that walks over all pixels of its channels. There are few (32 for 512 channels in 16 bit), so each
 # takes the narrowest slice that wastes no bandwidth, and many warps. Forward, a thread has two vectors in
 # flight. Backward it reads three images, so one of each will do; what it knows about its channels (eight
 # numbers each) takes 64 registers in 16 bit, too many of the 128 that 16 warps would leave it.
-WHOLE_FORWARD = Regime(sectors=1, vectors=2, most_warps=16)
-WHOLE_BACKWARD = Regime(sectors=1, vectors=1, most_warps=8)
+WHOLE_FORWARD = Regime(sectors=1, vectors=2, max_warps=16)
+WHOLE_BACKWARD = Regime(sectors=1, vectors=1, max_warps=8)
 
 # Programs that share the pixels. With two sectors of each pixel, a warp's load touches 8 lines of the L1,
 # which looks them up as fast as the L2 delivers; with 8 warps, two or more programs fit on a multiprocessor
 # and hide each other's waiting.
-CHUNK_FORWARD = Regime(sectors=2, vectors=2, most_warps=8)
-CHUNK_BACKWARD = Regime(sectors=2, vectors=1, most_warps=8)
+CHUNK_FORWARD = Regime(sectors=2, vectors=2, max_warps=8)
+CHUNK_BACKWARD = Regime(sectors=2, vectors=1, max_warps=8)
 
 
 @dataclass(frozen=True)
@@ -216,10 +216,10 @@ def choose_tile(pixels: int, channels: int, itemsize: int, regime: Regime) -> Ti
     of_a_warp = WARP * vector * regime.vectors
     all_channels = next_power_of_2(channels)
     block_channels = min(regime.sectors * SECTOR_BYTES // itemsize, all_channels)
-    block_pixels = min(next_power_of_2(pixels), regime.most_warps * of_a_warp // block_channels)
+    block_pixels = min(next_power_of_2(pixels), regime.max_warps * of_a_warp // block_channels)
     block_channels = min(max(block_channels, WARP * vector // block_pixels), all_channels)
     num_warps = block_pixels * block_channels // of_a_warp
-    return Tile(block_pixels, block_channels, min(max(num_warps, 1), regime.most_warps))
+    return Tile(block_pixels, block_channels, min(max(num_warps, 1), regime.max_warps))
 
 
 @dataclass(frozen=True)

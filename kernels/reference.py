@@ -333,10 +333,10 @@ def gan_target_loss(
     return loss, gradient.to(logits.dtype)
 
 
-# ------------------------------------------------------------------------------------------ pixel loss
+# ------------------------------------------------------------------------------------- tanh and L1 loss
 
 
-def pixel_loss_forward(
+def tanh_l1_forward(
     x: Tensor, bias: Tensor | None, target: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """``fake = tanh(x + bias)`` and the mean absolute difference from ``target``.
@@ -350,7 +350,7 @@ def pixel_loss_forward(
     return fake, (fake.to(z.dtype) - target.to(z.dtype)).abs().mean()
 
 
-def pixel_loss_backward(
+def tanh_l1_backward(
     dfake: Tensor | None, dl1: Tensor | None, fake: Tensor, target: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of ``x`` and ``bias`` from those of the image and of the loss, either of which may be None.

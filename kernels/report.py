@@ -28,10 +28,10 @@ from typing import Annotated
 import torch
 import tyro
 
-from fastpix2pix.kernels import adam, gan_loss, launch, norm_act, pixel_loss
+from fastpix2pix.kernels import adam, gan_loss, launch, norm_act, tanh_l1
 from fastpix2pix.kernels.launch import REGISTERS, Launch, cdiv, observed
 
-MODULES = (norm_act, gan_loss, pixel_loss, adam)
+MODULES = (norm_act, gan_loss, tanh_l1, adam)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

@@ -30,7 +30,7 @@ from fastpix2pix.host_memory import keep_freed_memory
 from fastpix2pix.models import Block, Epilogue, PatchDiscriminator, UNetGenerator
 from fastpix2pix.optim import MasterAdam
 from fastpix2pix.precision import WORKING_TYPES
-from fastpix2pix.selfcheck import trusted
+from fastpix2pix.selfcheck import verify_or_fall_back
 from fastpix2pix.step import TrainStep
 
 # ---------------------------------------------------------------------------------------------- weights
@@ -393,7 +393,7 @@ class AcceleratedPix2Pix:
         )
         if on_gpu:
             with torch.random.fork_rng():
-                config = trusted(config, self.device)
+                config = verify_or_fall_back(config, self.device)
         self.train_step = TrainStep(_unwrap(self.netG), _unwrap(self.netD), config)
         captured = on_gpu and not config.no_graph
         self.run_step = CapturedStep(self.train_step) if captured else self.train_step

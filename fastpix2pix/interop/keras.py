@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpix2pix.errors import UserError
-from fastpix2pix.models import FEWEST_DOWNS, Block, PatchDiscriminator, UNetGenerator
+from fastpix2pix.models import MIN_DOWNS, Block, PatchDiscriminator, UNetGenerator
 
 KERAS_FROM_TORCH = (2, 3, 1, 0)
 TORCH_FROM_KERAS = (3, 2, 0, 1)
@@ -80,7 +80,7 @@ def read_generator(path: str | Path) -> UNetGenerator:
         ) from error
     # kernel alone, 5 arrays for each further encoder block and each decoder block, kernel and bias at the end
     num_downs, rest = divmod(len(arrays) - 3, 10)
-    if rest or num_downs < FEWEST_DOWNS - 1 or arrays[0].ndim != 4 or arrays[-2].ndim != 4:
+    if rest or num_downs < MIN_DOWNS - 1 or arrays[0].ndim != 4 or arrays[-2].ndim != 4:
         raise UserError(f"{path} holds {len(arrays)} arrays, which no generator of the tutorial's kind has")
     generator = UNetGenerator(
         "tutorial",

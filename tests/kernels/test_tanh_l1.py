@@ -11,8 +11,8 @@ from rounding import RTOL, assert_stored
 from torch import Tensor
 
 from fastpix2pix.kernels import launch, reference
-from fastpix2pix.kernels import pixel_loss as kernels
-from fastpix2pix.kernels.pixel_loss import BLOCK, pixel_loss, pixel_loss_backward, pixel_loss_forward
+from fastpix2pix.kernels import tanh_l1 as kernels
+from fastpix2pix.kernels.tanh_l1 import BLOCK, tanh_l1, tanh_l1_backward, tanh_l1_forward
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -55,10 +55,8 @@ class Images:
 def check_forward(images: Images, before: int | None, after: int, biased: bool) -> None:
     x, target, bias = images.before_tanh(), images.plain(), images.bias() if biased else None
     buffer, out = (None, None) if before is None else images.slot(before, after)
-    fake, l1 = pixel_loss_forward(x, bias, target, out)
-    exact, _ = reference.pixel_loss_forward(
-        x.double(), None if bias is None else bias.double(), target.double()
-    )
+    fake, l1 = tanh_l1_forward(x, bias, target, out)
+    exact, _ = reference.tanh_l1_forward(x.double(), None if bias is None else bias.double(), target.double())
     # x + bias is rounded, which tanh passes on where the sum is close to 0.
     assert_stored(fake, exact, slack=RTOL[torch.float32] * 0.1 if images.dtype != torch.float64 else 1e-15)
     assert_stored(l1, (fake.double() - target.double()).abs().mean())
@@ -83,9 +81,9 @@ def check_backward(
         dfake.copy_(images.plain())
     if has_dl1:
         dl1 = torch.tensor(100.0, dtype=reference.compute_dtype(images.dtype), device=images.device)
-    dx, dbias = pixel_loss_backward(dfake, dl1, fake, target, bias)
+    dx, dbias = tanh_l1_backward(dfake, dl1, fake, target, bias)
     wide = [None if t is None else t.double() for t in (dfake, dl1, fake, target, bias)]
-    exact_dx, exact_dbias = reference.pixel_loss_backward(*wide)
+    exact_dx, exact_dbias = reference.tanh_l1_backward(*wide)
     slack = 1e-2 * RTOL[dx.dtype] * exact_dx.abs().max().item()  # of the two gradients' sum
     assert dx.dtype == images.dtype and dx.is_contiguous(memory_format=torch.channels_last)
     assert_stored(dx, exact_dx, slack)
@@ -130,7 +128,7 @@ def test_tanh_is_accurate_from_the_smallest_to_the_largest_input(triton_device):
     x = torch.cat((magnitudes, -magnitudes, torch.zeros(1).double())).view(1, 1, 1, -1).to(triton_device)
     for dtype in (torch.float64, torch.float32):
         stored = x.to(dtype)
-        fake, _ = pixel_loss_forward(stored, None, torch.zeros_like(stored))
+        fake, _ = tanh_l1_forward(stored, None, torch.zeros_like(stored))
         assert_stored(fake, stored.double().tanh())
         assert fake.abs().max() == 1.0
 
@@ -140,7 +138,7 @@ def test_gradients_are_accurate_where_tanh_saturates(device):
     fake = 1 - torch.logspace(-5, -2, 99, device=device).view(1, 3, 3, 11).to(
         memory_format=torch.channels_last
     )
-    dx, _ = pixel_loss_backward(torch.ones_like(fake), None, fake, torch.zeros_like(fake), None)
+    dx, _ = tanh_l1_backward(torch.ones_like(fake), None, fake, torch.zeros_like(fake), None)
     torch.testing.assert_close(dx.double(), 1 - fake.double().square(), rtol=1e-6, atol=0)
 
 
@@ -149,7 +147,7 @@ def test_is_the_derivative_of_what_it_computes(device, biased):
     images = Images((2, 3, 2, 1), torch.float64, device)
     x, target = images.plain().requires_grad_(), images.plain()
     arguments = (x, images.bias().requires_grad_()) if biased else (x,)
-    assert torch.autograd.gradcheck(lambda x, bias=None: pixel_loss(x, bias, target), arguments)
+    assert torch.autograd.gradcheck(lambda x, bias=None: tanh_l1(x, bias, target), arguments)
 
 
 def test_equals_separate_operators_with_the_image_going_on_through_a_buffer(device):
@@ -161,7 +159,7 @@ def test_equals_separate_operators_with_the_image_going_on_through_a_buffer(devi
         a, b = x.clone().requires_grad_(), bias.clone().requires_grad_()
         if fused:
             buffer, out = images.slot(3, 0)
-            fake, l1 = pixel_loss(a, b, target, out=out)
+            fake, l1 = tanh_l1(a, b, target, out=out)
             assert torch.equal(buffer[1:, 3:], fake) and not buffer.requires_grad
         else:
             fake = torch.tanh(a + b.view(1, -1, 1, 1))
@@ -184,12 +182,12 @@ def test_golden_l1_and_total_gradient(device, golden, dtype):
     fake, target = (torch.from_numpy(a).permute(0, 3, 1, 2).to(device, dtype) for a in (output, target))
     rtol = 1e-12 if dtype == torch.float64 else 2e-6
 
-    _, l1 = pixel_loss_forward(fake.double().atanh().to(dtype), None, target)
+    _, l1 = tanh_l1_forward(fake.double().atanh().to(dtype), None, target)
     loss = exact["generator_loss(fake_logits, gen_output, target)"]["l1"]
     assert l1.item() == pytest.approx(loss, rel=rtol)
 
     dl1 = torch.tensor(float(numbers["LAMBDA"]), dtype=dtype, device=device)
-    dx, _ = pixel_loss_backward(None, dl1, fake, target, None)
+    dx, _ = tanh_l1_backward(None, dl1, fake, target, None)
     total = exact["d total/d gen_output"]
     before_tanh = (dx / (1 - fake.square())).permute(0, 2, 3, 1).reshape(-1)
     assert before_tanh[total["sample_idx"]].tolist() == pytest.approx(total["sample"], rel=1e-5)
@@ -202,8 +200,8 @@ def test_the_same_bits_every_time(triton_device):
     dl1 = torch.tensor(1.0, device=triton_device)
     runs = []
     for _ in range(2):
-        fake, l1 = pixel_loss_forward(x, bias, target)
-        runs.append((fake, l1, *pixel_loss_backward(dfake, dl1, fake, target, bias)))
+        fake, l1 = tanh_l1_forward(x, bias, target)
+        runs.append((fake, l1, *tanh_l1_backward(dfake, dl1, fake, target, bias)))
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
 
@@ -211,7 +209,7 @@ def test_the_same_bits_every_time(triton_device):
 def test_a_nan_is_not_hidden(device):
     x = torch.zeros(1, 3, 4, 4, device=device)
     x[0, 1, 2, 3] = torch.nan
-    fake, l1 = pixel_loss_forward(x, None, torch.zeros_like(x))
+    fake, l1 = tanh_l1_forward(x, None, torch.zeros_like(x))
     assert fake.isnan().sum() == 1 and fake[0, 1, 2, 3].isnan() and l1.isnan()
 
 
@@ -221,8 +219,8 @@ def test_images_of_any_layout(device):
     dl1 = torch.tensor(2.0, device=device)
 
     def run(x, target, dfake):
-        fake, l1 = pixel_loss_forward(x, bias, target)
-        return fake, l1, *pixel_loss_backward(dfake, dl1, fake, target, bias)
+        fake, l1 = tanh_l1_forward(x, bias, target)
+        return fake, l1, *tanh_l1_backward(dfake, dl1, fake, target, bias)
 
     # The gradient of a sum has no strides at all.
     flat = torch.ones((), device=device).expand(2, 3, 6, 5)
@@ -240,7 +238,7 @@ def test_an_unfit_out_is_refused(triton_device):
     x, target = images.plain(), images.plain()
     for out in (x[:, :2], x.half(), torch.zeros(1, 3, 4, 4, device=triton_device)):
         with pytest.raises(ValueError, match="it must be torch.float32"):
-            pixel_loss_forward(x, None, target, out)
+            tanh_l1_forward(x, None, target, out)
 
 
 def test_passes_over_memory_once(triton_device):
@@ -248,12 +246,12 @@ def test_passes_over_memory_once(triton_device):
     x, target, bias = images.plain(), images.plain(), images.bias()
     seen = []
     with launch.observed(seen.append):
-        fake, _ = pixel_loss_forward(x, bias, target)
-        pixel_loss_backward(x, torch.ones((), device=triton_device), fake, target, bias)
+        fake, _ = tanh_l1_forward(x, bias, target)
+        tanh_l1_backward(x, torch.ones((), device=triton_device), fake, target, bias)
     image, programs = 2 * x.numel(), -(-x.numel() // BLOCK)
     assert [(each.name, each.bytes_moved) for each in seen] == [
-        ("pixel_loss_forward_map", 3 * image + 4 * 3 + 4 * programs),
-        ("pixel_loss_sums", 4 * programs + 4),
-        ("pixel_loss_backward_map", 4 * image + 4 + 12 * programs),
-        ("pixel_loss_sums", 12 * programs + 12),
+        ("tanh_l1_forward_map", 3 * image + 4 * 3 + 4 * programs),
+        ("tanh_l1_sums", 4 * programs + 4),
+        ("tanh_l1_backward_map", 4 * image + 4 + 12 * programs),
+        ("tanh_l1_sums", 12 * programs + 12),
     ]

@@ -71,10 +71,10 @@ def test_a_step_that_disagrees_is_not_trusted(monkeypatch):
 
     monkeypatch.setattr(selfcheck, "disagreement", differs_with_a_graph)
     with pytest.warns(RuntimeWarning, match="without a CUDA graph"):
-        assert selfcheck.trusted(SMALL, CPU).no_graph
+        assert selfcheck.verify_or_fall_back(SMALL, CPU).no_graph
     assert launch.kernels_on_gpu and asked == [False, True]
 
     monkeypatch.setattr(selfcheck, "disagreement", lambda config, device: float("inf"))
     with pytest.warns(RuntimeWarning, match="without CUDA graph and Triton kernels"):
-        selfcheck.trusted(SMALL, CPU)
+        selfcheck.verify_or_fall_back(SMALL, CPU)
     assert not launch.kernels_on_gpu

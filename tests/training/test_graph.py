@@ -1,4 +1,4 @@
-"""The captured step, rehearsed: what replays must equal eager steps, and faults must show."""
+"""The captured step, on a fake graph: what replays must equal eager steps, and faults must show."""
 
 import contextlib
 import warnings
@@ -7,13 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rehearsal import CaptureRefused, RehearsalBackend
-from torch.utils._pytree import tree_leaves
+from fake_graph import CaptureRefused, FakeGraphBackend, static_tensors
 
 from fastpix2pix import graph, step
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.graph import CapturedStep
-from fastpix2pix.kernels import conv
+from fastpix2pix.kernels import cpu_conv
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
 from fastpix2pix.step import TrainStep
 
@@ -23,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @pytest.fixture(autouse=True)
 def convolve_as_a_gpu_does(monkeypatch):
-    monkeypatch.setattr(conv, "uses_tiles", lambda *args: False)
+    monkeypatch.setattr(cpu_conv, "uses_tiles", lambda *args: False)
 
 
 def small_step(preset="tutorial", precision="fp32", *, ngf=8, num_downs=6, seed=1, **options) -> TrainStep:
@@ -45,14 +44,8 @@ def pairs(count, precision="fp32", size=64, batch=1):
         yield [image.to(DTYPES[precision], memory_format=torch.channels_last) for image in images]
 
 
-def static(train_step):
-    """What a capture may rely on: the state, and the constants that live as long."""
-    clocks = [*train_step.gen_optimizer._clocks, *train_step.disc_optimizer._clocks]
-    return [*train_step.state(), train_step.lambda_l1, *tree_leaves(clocks)]
-
-
-def rehearsed(train_step, on_kernels=False) -> CapturedStep:
-    return CapturedStep(train_step, RehearsalBackend(partial(static, train_step), on_kernels))
+def with_fake_graph(train_step, on_kernels=False) -> CapturedStep:
+    return CapturedStep(train_step, FakeGraphBackend(partial(static_tensors, train_step), on_kernels))
 
 
 def losses_of(run, train_step, inputs) -> list[torch.Tensor]:
@@ -67,7 +60,7 @@ def losses_of(run, train_step, inputs) -> list[torch.Tensor]:
 def assert_replays_equal_eager(make, inputs, on_kernels=False):
     eager, captured = make(), make()
     expected = losses_of(eager, eager, inputs)
-    capturing = rehearsed(captured, on_kernels)
+    capturing = with_fake_graph(captured, on_kernels)
     for i, (mine, theirs) in enumerate(zip(losses_of(capturing, captured, inputs), expected, strict=True)):
         assert torch.equal(mine, theirs), f"step {i}: {mine.tolist()} is not {theirs.tolist()}"
     for mine, theirs in zip(captured.state(), eager.state(), strict=True):
@@ -112,7 +105,7 @@ def test_replays_on_triton_kernels(triton_device, monkeypatch, preset, precision
 
 def test_a_forced_overflow_skips_the_update_and_halves_the_scale():
     train_step = small_step(precision="fp16")
-    captured = rehearsed(train_step)
+    captured = with_fake_graph(train_step)
     inputs = list(pairs(2, "fp16"))
     captured(*inputs[0])
     before = [master.clone() for master in train_step.gen_optimizer.masters()]
@@ -133,7 +126,7 @@ def test_each_shape_has_its_own_capture():
     train_step = small_step()
     inputs = [*pairs(1, batch=2), *pairs(1, batch=1), *pairs(1, batch=2), *pairs(1, size=128)]
     eager = small_step()
-    captured = rehearsed(train_step)
+    captured = with_fake_graph(train_step)
     for source, target in inputs:
         expected, losses = torch.stack(eager(source, target)), torch.stack(captured(source, target))
         assert torch.equal(losses, expected)
@@ -219,7 +212,7 @@ def test_what_a_capture_refuses_falls_back_to_the_eager_step_with_one_warning(mo
 
     monkeypatch.setattr(TrainStep, "_simultaneous", talking)
     eager, train_step = small_step(), small_step()
-    captured = rehearsed(train_step)
+    captured = with_fake_graph(train_step)
     inputs = list(pairs(3))
     with pytest.warns(RuntimeWarning, match=reason) as caught:
         losses = losses_of(captured, train_step, inputs)
@@ -239,10 +232,10 @@ def test_the_body_keeps_to_the_device(preset):
     train_step = small_step(preset)
     body_inputs = next(pairs(1))
     for _ in range(2):
-        addresses = [tensor.data_ptr() for tensor in static(train_step)]
-        backend = RehearsalBackend(partial(static, train_step))
+        addresses = [tensor.data_ptr() for tensor in static_tensors(train_step)]
+        backend = FakeGraphBackend(partial(static_tensors, train_step))
         backend.capture(partial(train_step.body, *body_inputs))  # raises on what a capture refuses
-        assert [tensor.data_ptr() for tensor in static(train_step)] == addresses
+        assert [tensor.data_ptr() for tensor in static_tensors(train_step)] == addresses
         assert all(parameter.grad is None for parameter in train_step.generator.parameters())
 
 

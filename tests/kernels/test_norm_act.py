@@ -189,7 +189,7 @@ def test_biased_running_variance_is_the_variance(triton_device):
 
 ENCODER = NormActConfig(eps=1e-3, momentum=0.01, unbiased=False, slope=0.3, skip_slope=0.3)
 DECODER = ENCODER._replace(slope=0.0, skip_slope=None)
-JUDGE = NormActConfig(slope=0.2, groups=2)
+DISCRIMINATOR = NormActConfig(slope=0.2, groups=2)
 NETWORKS = {
     "down1": ((1, 4, 128, 128), ENCODER._replace(norm=False)),
     "down2": ((1, 8, 64, 64), ENCODER),
@@ -205,9 +205,9 @@ NETWORKS = {
     "up3": ((1, 32, 8, 8), DECODER._replace(dropout=0.5, layer=2)),
     "up4": ((1, 32, 16, 16), DECODER._replace(dropout=0.5, layer=3)),
     "up7": ((1, 4, 128, 128), DECODER),
-    "judge1": ((2, 4, 128, 128), JUDGE._replace(norm=False)),
-    "judge3": ((2, 16, 32, 32), JUDGE),
-    "judge4": ((2, 16, 31, 31), JUDGE),
+    "discriminator1": ((2, 4, 128, 128), DISCRIMINATOR._replace(norm=False)),
+    "discriminator3": ((2, 16, 32, 32), DISCRIMINATOR),
+    "discriminator4": ((2, 16, 31, 31), DISCRIMINATOR),
 }
 
 
@@ -215,7 +215,9 @@ NETWORKS = {
 @pytest.mark.parametrize("layer", NETWORKS)
 def test_layers_of_the_networks(triton_device, layer, dtype):
     shape, config = NETWORKS[layer]
-    case = make(shape, dtype, config, affine=config.norm, bias_only=layer == "judge1", before=shape[1])
+    case = make(
+        shape, dtype, config, affine=config.norm, bias_only=layer == "discriminator1", before=shape[1]
+    )
     check(case, triton_device)
 
 
@@ -224,7 +226,7 @@ def test_layers_of_the_networks(triton_device, layer, dtype):
 @pytest.mark.parametrize("size, channels", [(128, 64), (64, 128), (32, 256), (16, 512), (8, 512), (4, 512)])
 def test_layers_of_the_networks_with_all_their_channels(triton_device, size, channels, dtype):
     check(make((1, channels, size, size), dtype, ENCODER._replace(dropout=0.5)), triton_device)
-    check(make((2, channels, size, size), dtype, JUDGE), triton_device)
+    check(make((2, channels, size, size), dtype, DISCRIMINATOR), triton_device)
 
 
 # ------------------------------------------------------------------------------------ kernels: odd cases
@@ -309,10 +311,10 @@ def test_needs_no_parameter_gradients(triton_device, monkeypatch):
 
 @pytest.mark.parametrize("half", [0, 1])
 def test_backward_through_one_half(triton_device, half):
-    """The fake half of the discriminator's batch, with its row of the statistics, as in ``judge``."""
-    case = make((2, 17, 9, 11), torch.float64, JUDGE).to(triton_device)
+    """The fake half of the discriminator's batch, with its row of the statistics: ``shared_forward``."""
+    case = make((2, 17, 9, 11), torch.float64, DISCRIMINATOR).to(triton_device)
     forward = kernels.norm_act_forward(
-        case.x, case.weight, case.bias, case.running_mean, case.running_var, None, JUDGE
+        case.x, case.weight, case.bias, case.running_mean, case.running_var, None, DISCRIMINATOR
     )
     rows = slice(half, half + 1)
     part = kernels.norm_act_backward(
@@ -324,12 +326,12 @@ def test_backward_through_one_half(triton_device, half):
         forward.mean[rows],
         forward.rstd[rows],
         None,
-        JUDGE._replace(groups=1),
+        DISCRIMINATOR._replace(groups=1),
         needs_affine=False,
     )
-    alone = make((2, 17, 9, 11), torch.float64, JUDGE)
+    alone = make((2, 17, 9, 11), torch.float64, DISCRIMINATOR)
     x = alone.x[rows].clone().requires_grad_()
-    y = F.leaky_relu(F.batch_norm(x, None, None, alone.weight, alone.bias, True), JUDGE.slope)
+    y = F.leaky_relu(F.batch_norm(x, None, None, alone.weight, alone.bias, True), DISCRIMINATOR.slope)
     (dx,) = torch.autograd.grad(y, x, alone.dy[rows])
     assert_stored(part.dx, dx, slack=1e-13)
     assert part.dweight is part.dbias is None

@@ -7,7 +7,7 @@ from fastpix2pix import selfcheck
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.data import open_loader
 from fastpix2pix.doctor import CHECKS
-from fastpix2pix.graph import CapturedStep, CudaBackend, Reading, set_float32_math
+from fastpix2pix.graph import AsyncHostCopy, CapturedStep, CudaBackend, set_float32_math
 from fastpix2pix.kernels import launch
 from fastpix2pix.models import build_networks
 from fastpix2pix.precision import WORKING_TYPES, choose_precision
@@ -92,7 +92,7 @@ def test_a_capture_that_fails_leaves_an_eager_step_that_works(device, monkeypatc
 
 def test_reading_arrives_whole(device):
     values = torch.arange(600, dtype=torch.float32, device=device).view(100, 6)
-    reading = Reading(values)
+    reading = AsyncHostCopy(values)
     values.zero_()  # queued behind the copy
     assert torch.equal(reading.wait(), torch.arange(600, dtype=torch.float32).view(100, 6))
     assert reading.ready()
@@ -103,7 +103,7 @@ def test_a_disagreeing_gpu_falls_back_loudly(device, monkeypatch):
     monkeypatch.setattr(selfcheck, "disagreement", lambda config, device: 1.0)
     config = TrainConfig(precision="fp32")
     with pytest.warns(RuntimeWarning, match="without CUDA graph and Triton kernels"):
-        assert selfcheck.trusted(config, device).no_graph
+        assert selfcheck.verify_or_fall_back(config, device).no_graph
     assert not launch.kernels_on_gpu
 
 

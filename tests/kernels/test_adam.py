@@ -82,7 +82,7 @@ def test_equals_the_reference_over_steps_with_a_changing_rate(
     device, form, dtype, working_dtype, monkeypatch
 ):
     monkeypatch.setattr(adam, "LARGE", 2 * BLOCK)  # so that the last tensor has a launch of its own
-    monkeypatch.setattr(adam, "MOST_TENSORS", 4)  # and the others two
+    monkeypatch.setattr(adam, "MAX_TENSORS", 4)  # and the others two
     monkeypatch.setattr(adam, "CPU_CHUNK", 700)
     tensors = Tensors(SIZES, dtype, working_dtype, device)
     for lr in (1e-2, 1e-2, 3e-3, 1e-3):

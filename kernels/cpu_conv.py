@@ -16,7 +16,7 @@ and what differs is how the images and the weight are brought into matrix form (
   another basis, in which neighbouring outputs share products: 2.6 to 4 times fewer multiplications. With a
   stride of 2, even and odd pixels are treated as channels, and the kernel is 2x2.
 
-In float32 the rounding error is about that of the libraries' convolution (tests/test_conv.py). On a CPU
+In float32 it rounds about as the libraries do (tests/kernels/test_cpu_conv.py). On a CPU
 without 16-bit arithmetic, where the libraries emulate it 10 to 100 times slower than float32, 16-bit images
 are convolved in float32 and rounded once. Everything else (GPU tensors, other kernels) goes to PyTorch's
 convolution.
@@ -306,7 +306,7 @@ def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.float() for tensor in tensors]
 
 
-class Kept(NamedTuple):
+class ConvContext(NamedTuple):
     """What a convolution's backward pass needs of its forward pass.
 
     tiling: None where PyTorch's convolution ran. size: of the image that went in. x, weight: what went in,
@@ -320,7 +320,7 @@ class Kept(NamedTuple):
     weight: Tensor
 
 
-def conv2d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> tuple[Tensor, Kept]:
+def conv2d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> tuple[Tensor, ConvContext]:
     """A convolution with padding 1, and what ``conv2d_backward`` needs of it. Not differentiable by itself.
 
     x: (N, in, H, W); weight: (out, in, 4, 4); both are copied if they are not channels-last. bias: (out,).
@@ -330,17 +330,17 @@ def conv2d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) 
         y, kept = conv2d_forward(*_widened(x, weight, bias), stride)
         return y.to(x.dtype), kept
     if not uses_tiles(x, weight, stride):
-        return F.conv2d(x, weight, bias, stride, PADDING), Kept(stride, None, (h, w), x, weight)
+        return F.conv2d(x, weight, bias, stride, PADDING), ConvContext(stride, None, (h, w), x, weight)
     size = tuple((side + 2 * PADDING - KERNEL_SIZE) // stride + 1 for side in (h, w))
     tiling = choose_tiling(stride, n, *size, *weight.shape[:2])
     grid = tiling.grid(*size)
-    kept = Kept(stride, tiling, (h, w), tiling.big_matrices(x, grid), tiling.weight_matrices(weight))
+    kept = ConvContext(stride, tiling, (h, w), tiling.big_matrices(x, grid), tiling.weight_matrices(weight))
     return _plus(tiling.small_image(_small(kept.x, kept.weight), n, size, grid), bias), kept
 
 
 def conv2d_backward(
     dy: Tensor,
-    kept: Kept,
+    kept: ConvContext,
     *,
     needs_x: bool = True,
     needs_weight: bool = True,
@@ -409,7 +409,7 @@ class _Conv2d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        kept = Kept(*ctx.kept, *ctx.saved_tensors)
+        kept = ConvContext(*ctx.kept, *ctx.saved_tensors)
         gradients = conv2d_backward(
             dy, kept, needs_x=needs_x, needs_weight=needs_weight, needs_bias=needs_bias
         )

@@ -16,7 +16,7 @@ from fastpix2pix.export import ExportConfig
 from fastpix2pix.report import ReportConfig
 from fastpix2pix.translate import TranslateConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = sorted(
     {

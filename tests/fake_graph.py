@@ -105,7 +105,7 @@ class Tape(TorchDispatchMode):
             entry()
 
 
-class RehearsalBackend:
+class FakeGraphBackend:
     """A ``graph.Backend``. ``static`` gives the tensors that a capture may rely on."""
 
     def __init__(self, static: Callable[[], Iterable[Tensor]], on_kernels: bool = False):
@@ -126,3 +126,9 @@ class RehearsalBackend:
                 body()
         self.tapes.append(tape)
         return tape.replay
+
+
+def static_tensors(train_step) -> list[Tensor]:
+    """What a capture of ``train_step`` may rely on: its state, and the constants that live as long."""
+    clocks = [*train_step.gen_optimizer._clocks, *train_step.disc_optimizer._clocks]
+    return [*train_step.state(), train_step.lambda_l1, *tensors_in(clocks)]

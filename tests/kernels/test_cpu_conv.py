@@ -1,14 +1,14 @@
-"""kernels/conv.py against PyTorch's convolutions: equal in float64, about as accurate in float32."""
+"""kernels/cpu_conv.py against PyTorch's convolutions: equal in float64, about as accurate in float32."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastpix2pix.kernels import conv
-from fastpix2pix.kernels.conv import Tiling, conv2d, conv2d_backward, conv2d_forward, conv_transpose2d
+from fastpix2pix.kernels import cpu_conv
+from fastpix2pix.kernels.cpu_conv import Tiling, conv2d, conv2d_backward, conv2d_forward, conv_transpose2d
 
-TILINGS = [Tiling(stride, outputs) for stride in (1, 2) for outputs in conv.OUTPUTS[stride]]
+TILINGS = [Tiling(stride, outputs) for stride in (1, 2) for outputs in cpu_conv.OUTPUTS[stride]]
 
 # Small images of one pixel, of less than a tile, of no whole number of tiles, of several, and oblong ones.
 SIZES = [(1, 1), (2, 2), (5, 7), (8, 12)]
@@ -30,7 +30,7 @@ def assert_equal(actual, expected):
 @pytest.fixture
 def forced(monkeypatch):
     """Makes every convolution use the given tiling."""
-    return lambda tiling: monkeypatch.setattr(conv, "choose_tiling", lambda *_: tiling)
+    return lambda tiling: monkeypatch.setattr(cpu_conv, "choose_tiling", lambda *_: tiling)
 
 
 @pytest.mark.parametrize("height, width", SIZES)
@@ -146,7 +146,7 @@ def test_tilings_of_the_full_networks():
     """The estimate finds what was measured to be fastest (AVX2, one core)."""
     outputs = []
     for stride, n, small_channels, big_channels, side in LAYERS.values():
-        tiling = conv.choose_tiling(stride, n, side, side, small_channels, big_channels)
+        tiling = cpu_conv.choose_tiling(stride, n, side, side, small_channels, big_channels)
         outputs.append(tiling.outputs)
     assert outputs == [4, 2, 1, 4, 1, 3]
 
@@ -177,7 +177,7 @@ class Convolutions(TorchDispatchMode):
 @pytest.mark.parametrize("small_channels", [1, 5], ids=["library", "tiles"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_are_rounded_once_where_the_cpu_has_none(dtype, small_channels, monkeypatch):
-    monkeypatch.setattr(conv, "_cpu_has", lambda dtype: dtype.itemsize > 2)
+    monkeypatch.setattr(cpu_conv, "_cpu_has", lambda dtype: dtype.itemsize > 2)
     torch.manual_seed(0)
     x = random(2, 3, 9, 9, dtype=dtype, requires_grad=True)
     weight = random(small_channels, 3, 4, 4, dtype=dtype, requires_grad=True)
@@ -212,8 +212,8 @@ def test_16_bits_are_rounded_once_where_the_cpu_has_none(dtype, small_channels, 
     ids=["bfloat16", "3x3", "one channel"],
 )
 def test_the_rest_is_the_library(x, weight, monkeypatch):
-    monkeypatch.setattr(conv, "_cpu_has", lambda dtype: True)
-    assert not conv.uses_tiles(x, weight, 2)
+    monkeypatch.setattr(cpu_conv, "_cpu_has", lambda dtype: True)
+    assert not cpu_conv.uses_tiles(x, weight, 2)
     x, weight = x.requires_grad_(), weight.requires_grad_()
     expected = F.conv2d(x, weight, None, 2, 1)
     y, kept = conv2d_forward(x.detach(), weight.detach(), None, 2)

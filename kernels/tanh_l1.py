@@ -91,7 +91,7 @@ def _tanh(x):
 
 
 @triton.jit
-def pixel_loss_forward_map(
+def tanh_l1_forward_map(
     x,
     bias,
     target,
@@ -114,7 +114,7 @@ def pixel_loss_forward_map(
 
 
 @triton.jit
-def pixel_loss_backward_map(
+def tanh_l1_backward_map(
     dfake,
     dl1,
     fake,
@@ -145,7 +145,7 @@ def pixel_loss_backward_map(
 
 
 @triton.jit
-def pixel_loss_sums(
+def tanh_l1_sums(
     partials, result, programs, divisor, SUMS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SUMS: tl.constexpr
 ):
     """``result[i]``: the sum of the partial sums ``[:, i]``, always in the same order, over ``divisor``."""
@@ -186,7 +186,7 @@ def _sum(partials: Tensor, result: Tensor, divisor: int) -> None:
     programs, sums = partials.shape
     block_sums = next_power_of_2(sums)
     launch(
-        pixel_loss_sums,
+        tanh_l1_sums,
         (1,),
         partials,
         result,
@@ -201,12 +201,12 @@ def _sum(partials: Tensor, result: Tensor, divisor: int) -> None:
     )
 
 
-def pixel_loss_forward(
+def tanh_l1_forward(
     x: Tensor, bias: Tensor | None, target: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``reference.pixel_loss_forward``, in two launches on a GPU. ValueError for an ``out`` unlike ``x``."""
+    """``reference.tanh_l1_forward``, in two launches on a GPU. ValueError for an ``out`` unlike ``x``."""
     if not use_triton(x):
-        return reference.pixel_loss_forward(x, bias, target, out)
+        return reference.tanh_l1_forward(x, bias, target, out)
     x, target = as_pixels(x), as_pixels(target)
     fake = torch.empty_like(x, memory_format=torch.channels_last) if out is None else out
     if fake.shape != x.shape or fake.dtype != x.dtype or pixel_stride(fake) is None:
@@ -217,7 +217,7 @@ def pixel_loss_forward(
     l1 = torch.empty((), dtype=compute_dtype(x.dtype), device=x.device)
     partials = l1.new_empty((_programs(x), 1))
     launch(
-        pixel_loss_forward_map,
+        tanh_l1_forward_map,
         (_programs(x),),
         _image(x),
         bias,
@@ -233,12 +233,12 @@ def pixel_loss_forward(
     return fake, l1
 
 
-def pixel_loss_backward(
+def tanh_l1_backward(
     dfake: Tensor | None, dl1: Tensor | None, fake: Tensor, target: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """``reference.pixel_loss_backward``, in one launch on a GPU, and one more for the bias's gradient."""
+    """``reference.tanh_l1_backward``, in one launch on a GPU, and one more for the bias's gradient."""
     if not use_triton(fake):
-        return reference.pixel_loss_backward(dfake, dl1, fake, target, bias)
+        return reference.tanh_l1_backward(dfake, dl1, fake, target, bias)
     fake, target = as_pixels(fake), as_pixels(target)
     dfake = None if dfake is None else as_pixels(dfake)
     dx = torch.empty_like(fake, memory_format=torch.channels_last)
@@ -248,7 +248,7 @@ def pixel_loss_backward(
         shape = _programs(fake), fake.shape[1]
         partials = torch.empty(shape, dtype=compute_dtype(fake.dtype), device=fake.device)
     launch(
-        pixel_loss_backward_map,
+        tanh_l1_backward_map,
         (_programs(fake),),
         _image(dfake),
         dl1,
@@ -266,10 +266,10 @@ def pixel_loss_backward(
     return dx, dbias
 
 
-class _PixelLoss(torch.autograd.Function):
+class _TanhL1(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, target, slot):
-        fake, l1 = pixel_loss_forward(x, bias, target, *slot)
+        fake, l1 = tanh_l1_forward(x, bias, target, *slot)
         ctx.save_for_backward(fake, target, bias)
         ctx.set_materialize_grads(False)
         return fake, l1
@@ -278,18 +278,18 @@ class _PixelLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dfake, dl1):
         fake, target, bias = ctx.saved_tensors
-        return *pixel_loss_backward(dfake, dl1, fake, target, bias), None, None
+        return *tanh_l1_backward(dfake, dl1, fake, target, bias), None, None
 
 
-def pixel_loss(
+def tanh_l1(
     x: Tensor, bias: Tensor | None, target: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Differentiable ``pixel_loss_forward``, with respect to ``x`` and ``bias``.
+    """Differentiable ``tanh_l1_forward``, with respect to ``x`` and ``bias``.
 
     ``out`` is plain memory to write into, not an input of the autograd graph: the image returned is a new
     tensor that shares it.
     """
-    return _PixelLoss.apply(x, bias, target, (out,))
+    return _TanhL1.apply(x, bias, target, (out,))
 
 
 # ----------------------------------------------------------------------------------------------- specimens
@@ -301,5 +301,5 @@ def specimens(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     x = torch.empty((1, 3, 256, 256), dtype=dtype, memory_format=torch.channels_last)
     fake, bias = pairs[1:, 3:], torch.empty(3)
     label = "256x256x3"
-    yield label, partial(pixel_loss_forward, x, bias, x, fake)
-    yield label, partial(pixel_loss_backward, fake, torch.empty(()), fake, x, bias)
+    yield label, partial(tanh_l1_forward, x, bias, x, fake)
+    yield label, partial(tanh_l1_backward, fake, torch.empty(()), fake, x, bias)

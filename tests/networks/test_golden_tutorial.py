@@ -77,7 +77,7 @@ def check_outputs(tutorial: Golden, dtype: torch.dtype, expected: dict, toleranc
         fake = generator(source)
         pairs = torch.cat((torch.cat((source, source)), torch.cat((target, fake))), 1)
         pairs = pairs.contiguous(memory_format=torch.channels_last)
-        logits, fake_logits = discriminator.judge(pairs, fake, slice(1, 2))
+        logits, fake_logits = discriminator.shared_forward(pairs, fake, slice(1, 2))
     forward = expected["step0_forward"]
     assert_sample(fake, forward["G(input)"], tolerance)
     assert_sample(logits[:1], forward["D(input,target)"], tolerance)
@@ -169,9 +169,11 @@ def test_outputs_tell_another_network(tutorial, monkeypatch, mutation):
 
 
 def test_outputs_tell_merged_discriminator_statistics(tutorial, monkeypatch):
-    judge = PatchDiscriminator.judge
+    shared = PatchDiscriminator.shared_forward
     monkeypatch.setattr(
-        PatchDiscriminator, "judge", lambda *args, **options: judge(*args, **{**options, "parts": 1})
+        PatchDiscriminator,
+        "shared_forward",
+        lambda *args, **options: shared(*args, **{**options, "parts": 1}),
     )
     with pytest.raises(AssertionError):
         check_outputs(tutorial, torch.float32, tutorial.float32, 1e-2)

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rehearsal import RehearsalBackend
-from test_graph import static
+from fake_graph import FakeGraphBackend, static_tensors
 from torch import nn
 
 from fastpix2pix.errors import UserError
 from fastpix2pix.graph import CapturedStep
 from fastpix2pix.interop import junyanz
-from fastpix2pix.kernels import conv
+from fastpix2pix.kernels import cpu_conv
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
 
 # The form of 2020 steps its schedulers at the start of an epoch.
@@ -153,14 +152,16 @@ def test_16_bits_keep_float32_files_and_images(program, tmp_path):
 
 
 def test_a_captured_step_behind_their_interface(program, tmp_path, monkeypatch, float64):
-    """As on a GPU, with the rehearsal in the place of its graph: nothing that they read is overwritten."""
+    """As on a GPU, with a fake graph in the place of its own: nothing that they read is overwritten."""
     start_training = junyanz.AcceleratedPix2Pix._start_training
 
     def captured(self, *args):
         start_training(self, *args)
-        self.run_step = CapturedStep(self.train_step, RehearsalBackend(lambda: static(self.train_step)))
+        self.run_step = CapturedStep(
+            self.train_step, FakeGraphBackend(lambda: static_tensors(self.train_step))
+        )
 
-    monkeypatch.setattr(conv, "uses_tiles", lambda *args: False)
+    monkeypatch.setattr(cpu_conv, "uses_tiles", lambda *args: False)
     expected = losses(program("--name", "eager")[1])
     monkeypatch.setattr(junyanz.AcceleratedPix2Pix, "_start_training", captured)
     model, output = program("--name", "captured")

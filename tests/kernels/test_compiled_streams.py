@@ -1,4 +1,4 @@
-"""The machine code of pixel_loss and Adam: nothing spilled, full vectors wherever values lie side by side.
+"""The machine code of tanh_l1 and Adam: nothing spilled, full vectors wherever values lie side by side.
 
 One older and one newer architecture; test_report.py has all of them, in its slow test.
 """
@@ -14,10 +14,10 @@ from fastpix2pix.kernels import launch
 
 pytestmark = pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
 
-SLICES = {"pixel_loss_forward_map"}
+SLICES = {"tanh_l1_forward_map"}
 """What these write is three channels of six, which no vector holds."""
 
-SUMS = {"pixel_loss_sums"}
+SUMS = {"tanh_l1_sums"}
 """What these read fits in one cache line per thread or two."""
 
 
@@ -39,7 +39,7 @@ def test_streams_move_in_full_vectors(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     rows = json.loads(file.read_text())
     kernels = {row["kernel"] for row in rows}
-    assert kernels == SLICES | SUMS | {"pixel_loss_backward_map", "adam_update", "adam_mark_non_finite"}
+    assert kernels == SLICES | SUMS | {"tanh_l1_backward_map", "adam_update", "adam_mark_non_finite"}
     for row in rows:
         assert row["stack"] == 0, row
         if row["kernel"] not in SUMS:

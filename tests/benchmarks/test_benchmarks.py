@@ -250,7 +250,7 @@ def _tensors(values):
 
 
 @pytest.mark.parametrize(
-    "case", ["norm_act down 16x16x512", "pixel_loss 256x256", "adam 512x512x4x4", "conv 8x8, 512 to 512",
+    "case", ["norm_act down 16x16x512", "tanh_l1 256x256", "adam 512x512x4x4", "conv 8x8, 512 to 512",
              "transposed conv 4x4, 1024 to 512"],
 )  # fmt: skip
 def test_what_is_timed_is_the_same_work(case):
