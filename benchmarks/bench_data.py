@@ -6,15 +6,12 @@ from contextlib import closing
 import pytest
 
 from benchmarks.conftest import DEVICE
-from benchmarks.contenders import ours
 from benchmarks.timing import clock
-from fastpix2pix.config import TrainConfig
-from fastpix2pix.data import open_loader
-from fastpix2pix.graph import CapturedStep, set_float32_math
-from fastpix2pix.host_memory import keep_freed_memory
+from benchmarks.variants import our_variants
+from benchmarks.workload import Workload
+from fastpix2pix.data import LoaderOptions, open_loader
 from fastpix2pix.models import build_networks
-from fastpix2pix.precision import WORKING_TYPES
-from fastpix2pix.step import TrainStep
+from fastpix2pix.training.prepare import prepare_step
 
 ON_GPU = DEVICE.type == "cuda"
 IMAGES = 64
@@ -33,7 +30,8 @@ def test_loader(benchmark, device, dataset, kind, memory):
     if kind == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     benchmark.group = "loader alone"
-    loader = open_loader(dataset, loader=kind, device=device, cache_bytes=CACHES[memory])
+    options = LoaderOptions(loader=kind, cache_bytes=CACHES[memory])
+    loader = open_loader(dataset, options, device=device)
     with closing(loader):
         stream = loader.stream()
 
@@ -50,17 +48,20 @@ def test_loader(benchmark, device, dataset, kind, memory):
 )
 def test_epoch(benchmark, device, dataset, memory):
     """The training loop without its monitor, in the precision that training chooses, after its first step."""
-    contender = ours(device)[-1]
+    variant = our_variants(device)[-1]
     benchmark.group = f"{EPOCH}, tutorial, batch 1"
-    config = TrainConfig(precision=contender.precision)
-    set_float32_math(config.precision)
-    if not ON_GPU:
-        keep_freed_memory()
-    step = TrainStep(*build_networks(config, device), config)
-    update = CapturedStep(step) if contender.captured else step
-    loader = open_loader(
-        dataset, device=device, dtype=WORKING_TYPES[config.precision], cache_bytes=CACHES[memory]
+    workload = Workload()
+    prepared = prepare_step(
+        *build_networks(workload.network_options()),
+        workload.step_options(variant.precision),
+        device,
+        image_size=workload.size,
+        graph=variant.captured,
+        check=False,
     )
+    update = prepared.run
+    options = LoaderOptions(cache_bytes=CACHES[memory])
+    loader = open_loader(dataset, options, device=device, dtype=prepared.dtype)
     waited = []
 
     def steps(count):
@@ -79,7 +80,7 @@ def test_epoch(benchmark, device, dataset, memory):
     benchmark.extra_info |= {
         "images": dataset.name,
         "loader": loader.kind,
-        "precision": config.precision,
+        "precision": prepared.precision,
         "ms_per_step": 1e3 * benchmark.stats.stats.median / STEPS,
         "waiting_for_data_share": sum(waited[1:]) / seconds,
     }

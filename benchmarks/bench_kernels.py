@@ -25,7 +25,7 @@ from fastpix2pix.kernels.gan_loss import gan_loss
 from fastpix2pix.kernels.norm_act import norm_act
 from fastpix2pix.kernels.reference import NormActConfig
 from fastpix2pix.kernels.tanh_l1 import tanh_l1
-from fastpix2pix.precision import WORKING_TYPES, choose_precision
+from fastpix2pix.training.precision import WORKING_TYPES, choose_precision
 
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = WORKING_TYPES[choose_precision(None, DEVICE)]

@@ -2,10 +2,10 @@
 
     python -m benchmarks.compare
 
-Each contender has a process of its own and waits there for its turn, so that none gains or suffers by how
+Each variant has a process of its own and waits there for its turn, so that none gains or suffers by how
 another one sets up memory, arithmetic or kernels.
 
-A round takes every contender once, in an order of its own. Reported are medians over the rounds, and ratios:
+A round takes every variant once, in an order of its own. Reported are medians over the rounds, and ratios:
 the median of the ratios within a round, which a machine that is slow for a while does not change.
 """
 
@@ -17,11 +17,11 @@ from typing import Any, Literal
 import torch
 
 from benchmarks import results
-from benchmarks.contenders import field
-from benchmarks.race import race
+from benchmarks.processes import time_in_turns
 from benchmarks.timing import Seconds, speedup
+from benchmarks.variants import all_variants
+from benchmarks.workload import Workload
 from fastpix2pix import cli
-from fastpix2pix.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class CompareConfig:
     batch_size: int = 1
     """Pairs per step."""
     rounds: int = 11
-    """How often each contender has its turn."""
+    """How often each variant has its turn."""
     compiled: bool = False
     """Let torch.compile of the tuned step take part; it compiles for minutes."""
     threads: int | None = None
@@ -47,26 +47,26 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = TrainConfig(preset=config.preset, batch_size=config.batch_size)
-    contenders = field(device, compiled=config.compiled)
+    workload = Workload(preset=config.preset, batch_size=config.batch_size)
+    variants = all_variants(device, compiled=config.compiled)
     environment = results.environment(device)
-    seconds = race(contenders, network, device, config.rounds)
+    seconds = time_in_turns(variants, workload, device, config.rounds)
     result = {
         "what": "comparison",
         "environment": environment,
         "conditions": {
             "preset": config.preset,
             "batch_size": config.batch_size,
-            "pixels": network.crop_size,
+            "pixels": workload.size,
             "rounds": config.rounds,
         },
         "figures": [
             {
-                "name": contender.name,
-                "rung": contender.rung,
-                **figures(seconds, contender.name),
+                "name": variant.name,
+                "rung": variant.rung,
+                **figures(seconds, variant.name),
             }
-            for contender in contenders
+            for variant in variants
         ],
     }
     show(result)
@@ -76,7 +76,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
 
 def figures(seconds: dict[str, list[Seconds]], name: str) -> dict[str, Any]:
-    """Of one contender: milliseconds per step, and how many times as fast as the plain and the tuned peer."""
+    """Of one variant: milliseconds per step, and how many times as fast as the plain and the tuned peer."""
     wall, cpu = ([1e3 * taken for taken in column] for column in zip(*seconds[name], strict=True))
     low, _, high = statistics.quantiles(wall, n=4) if len(wall) > 1 else 3 * wall
     return {

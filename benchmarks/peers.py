@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastpix2pix.config import TrainConfig
+from benchmarks.workload import Workload
 
 
 class OnePixelBatchNorm(nn.BatchNorm2d):
@@ -199,30 +199,31 @@ def tuned(device: torch.device | str) -> Tuning:
 
 
 class PeerStep:
-    """One update of both networks: ``losses = step(source, target)``, named as ``fastpix2pix.step.Losses``.
+    """One update of both networks: ``losses = step(source, target)``, named as ``training.losses.Losses``.
 
-    ``config.preset`` chooses networks and rule: the tutorial's simultaneous update, or junyanz's alternating
-    one. source, target: (N, 3, H, W) float32 in [-1, 1]. Everything is computed as the public code does:
+    ``workload.preset`` chooses networks and rule: the tutorial's simultaneous update, or junyanz's
+    alternating one. source, target: (N, 3, H, W) float32 in [-1, 1]. Everything is computed as the public code does:
     two passes through the discriminator, ``torch.cat`` for pairs and skips, a target tensor for the
     cross-entropy.
     """
 
-    def __init__(self, config: TrainConfig, tuning: Tuning = PLAIN, device: torch.device | str = "cpu"):
-        generator, discriminator = NETWORKS[config.preset]
-        dropout = 0.0 if config.no_dropout else 0.5
-        self.generator = generator(config.num_downs, config.ngf, dropout).to(device)
-        self.discriminator = discriminator(config.ndf, config.n_layers_D).to(device)
+    def __init__(self, workload: Workload, tuning: Tuning = PLAIN, device: torch.device | str = "cpu"):
+        generator, discriminator = NETWORKS[workload.preset]
+        networks, options = workload.network_options(), workload.step_options()
+        dropout = 0.0 if networks.no_dropout else 0.5
+        self.generator = generator(networks.num_downs, networks.ngf, dropout).to(device)
+        self.discriminator = discriminator(networks.ndf, networks.n_layers_D).to(device)
         self.tuning, self.device = tuning, torch.device(device)
         if tuning.channels_last:
             self.generator.to(memory_format=torch.channels_last)
             self.discriminator.to(memory_format=torch.channels_last)
-        recipe = config.recipe
-        adam = {"lr": config.lr, "betas": (config.beta1, 0.999), "eps": recipe.adam_eps, **dict(tuning.adam)}
+        rule = options.rules.update
+        adam = {"lr": options.lr, "betas": (options.beta1, 0.999), "eps": rule.adam_eps, **dict(tuning.adam)}
         self.gen_optimizer = torch.optim.Adam(self.generator.parameters(), **adam)
         self.disc_optimizer = torch.optim.Adam(self.discriminator.parameters(), **adam)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=tuning.autocast == torch.float16)
         self.bce, self.l1 = nn.BCEWithLogitsLoss(), nn.L1Loss()
-        self.lambda_l1, self.recipe, self.steps = config.lambda_L1, recipe, 0
+        self.lambda_l1, self.rule, self.steps = options.lambda_L1, rule, 0
         self.run_generator, self.run_discriminator = self.generator, self.discriminator
         if tuning.compiled:
             self.run_generator = torch.compile(self.generator)
@@ -237,10 +238,10 @@ class PeerStep:
         layout = torch.channels_last if self.tuning.channels_last else torch.contiguous_format
         source, target = source.contiguous(memory_format=layout), target.contiguous(memory_format=layout)
         self.steps += 1
-        if self.recipe.keras_eps:  # Keras's place of epsilon, in torch's form: it differs from step to step
+        if self.rule.keras_eps:  # Keras's place of epsilon, in torch's form: it differs from step to step
             for optimizer in (self.gen_optimizer, self.disc_optimizer):
-                optimizer.param_groups[0]["eps"] = self.recipe.adam_eps / (1 - 0.999**self.steps) ** 0.5
-        return (self._simultaneous if self.recipe.simultaneous else self._alternating)(source, target)
+                optimizer.param_groups[0]["eps"] = self.rule.adam_eps / (1 - 0.999**self.steps) ** 0.5
+        return (self._simultaneous if self.rule.simultaneous else self._alternating)(source, target)
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:

@@ -72,7 +72,7 @@ def emphasised(name: str) -> str:
 
 
 def comparison(result: Result) -> list[str]:
-    """One training step: contenders in turns."""
+    """One training step: variants in turns."""
     words = (
         f"Measured: a step of {images(result)}, on {hardware(result)} ({circumstances(result)}). From the "
         "same weights, in turns, each in a process of its own; medians of "

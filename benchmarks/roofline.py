@@ -5,7 +5,7 @@
 Every operator of a step (``benchmarks.traffic``) takes the longer of the time for its bytes and the time for
 its arithmetic; the operators follow one another. The host hands a GPU one operator after the other, so a
 step that is not captured takes at least as long as the host does. Nothing here was measured, unless there is
-a GPU: then its own copy bandwidth and matrix product rate are measured first, and every contender's step is
+a GPU: then its own copy bandwidth and matrix product rate are measured first, and every variant's step is
 set against its floor by these.
 
 What the model leaves out makes true steps slower (no kernel reaches the published figures) or faster (what
@@ -22,14 +22,14 @@ from typing import Any, Literal
 import torch
 
 from benchmarks import results, traffic
-from benchmarks.contenders import field
 from benchmarks.peers import PLAIN, Tuning
-from benchmarks.race import race
+from benchmarks.processes import time_in_turns
 from benchmarks.timing import clock
 from benchmarks.traffic import Entry
+from benchmarks.variants import all_variants
+from benchmarks.workload import Workload
 from fastpix2pix import cli
-from fastpix2pix.config import TrainConfig
-from fastpix2pix.precision import WORKING_TYPES
+from fastpix2pix.training.precision import WORKING_TYPES
 
 EAGER_OPERATOR_US = 8.0
 """Assumed: what Python, autograd and the launch take per operator. 5 to 10 is what eager PyTorch is known
@@ -82,8 +82,8 @@ def floor_seconds(entries: list[Entry], bandwidth: float, flops: float, *, captu
 @cache
 def trace(preset: str, batch_size: int, precision: str, tuning: Tuning | None) -> list[Entry]:
     """The operators of a step as a GPU runs them: a peer's of this ``tuning``, or ours in ``precision``."""
-    config = TrainConfig(preset=preset, batch_size=batch_size, precision=precision)
-    return traffic.trace_ours(config) if tuning is None else traffic.trace_peer(config, tuning)
+    workload = Workload(preset=preset, batch_size=batch_size)
+    return traffic.trace_ours(workload, precision) if tuning is None else traffic.trace_peer(workload, tuning)
 
 
 def on_gpu(tuning: Tuning) -> Tuning:
@@ -95,13 +95,13 @@ def modelled(preset: str, batch_size: int, gpu: Gpu) -> dict[str, dict[str, floa
     """Milliseconds per step of the plain and the tuned peer and of ours: on the device, and as it is run."""
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}[gpu.sixteen]
     # PyTorch lets float32 convolutions use tf32 unless told otherwise (torch.backends.cudnn.allow_tf32).
-    contenders = {
+    variants = {
         "plain PyTorch": ("tf32", on_gpu(PLAIN)),
         "tuned PyTorch": (gpu.sixteen, replace(traffic.TUNED, autocast=autocast)),
         "fastpix2pix": (gpu.sixteen, None),
     }
     rows = {}
-    for name, (kind, tuning) in contenders.items():
+    for name, (kind, tuning) in variants.items():
         entries = trace(preset, batch_size, gpu.sixteen, tuning)
         rates = gpu.bandwidth * 1e9, gpu.flops[kind] * 1e12
         rows[name] = {
@@ -148,18 +148,18 @@ def matmul_rate(device: torch.device, precision: str, size: int = 8192) -> float
 
 
 def measured(config: "RooflineConfig", device: torch.device) -> list[dict[str, Any]]:
-    """Of every contender on this GPU: its step, and the model's floor with this GPU's measured rates."""
-    network = TrainConfig(preset=config.preset, batch_size=config.batch_size)
-    contenders = field(device)
-    seconds = race(contenders, network, device, config.rounds)
+    """Of every variant on this GPU: its step, and the model's floor with this GPU's measured rates."""
+    workload = Workload(preset=config.preset, batch_size=config.batch_size)
+    variants = all_variants(device)
+    seconds = time_in_turns(variants, workload, device, config.rounds)
     rows = []
-    for contender in contenders:
-        tuning = None if contender.tuning is None else on_gpu(contender.tuning)
-        entries = trace(config.preset, config.batch_size, contender.precision, tuning)
-        rate = matmul_rate(device, contender.arithmetic)
-        floor = floor_seconds(entries, copy_bandwidth(device), rate, captured=contender.captured)
-        ms = 1e3 * statistics.median(taken.wall for taken in seconds[contender.name])
-        row = {"name": contender.name, "ms": ms, "floor_ms": 1e3 * floor, "over_floor": ms / (1e3 * floor)}
+    for variant in variants:
+        tuning = None if variant.tuning is None else on_gpu(variant.tuning)
+        entries = trace(config.preset, config.batch_size, variant.precision, tuning)
+        rate = matmul_rate(device, variant.arithmetic)
+        floor = floor_seconds(entries, copy_bandwidth(device), rate, captured=variant.captured)
+        ms = 1e3 * statistics.median(taken.wall for taken in seconds[variant.name])
+        row = {"name": variant.name, "ms": ms, "floor_ms": 1e3 * floor, "over_floor": ms / (1e3 * floor)}
         rows.append(row)
     return rows
 
@@ -176,7 +176,7 @@ class RooflineConfig:
     batch_size: int = 1
     """Pairs per step."""
     rounds: int = 11
-    """How often each contender has its turn, on a GPU."""
+    """How often each variant has its turn, on a GPU."""
     output: Path | None = None
     """JSON file for the result."""
 
@@ -199,7 +199,7 @@ def roofline(config: RooflineConfig) -> dict[str, Any]:
         steps = (f"{who} {row['ms']:.2f} ({row['device_ms']:.2f})" for who, row in gpu["steps"].items())
         print(f"  {name}, {gpu['sixteen']}: {'   '.join(steps)}")
     if device.type == "cuda":
-        precisions = dict.fromkeys(contender.arithmetic for contender in field(device))
+        precisions = dict.fromkeys(variant.arithmetic for variant in all_variants(device))
         result["rates"] = {"copy_gb_per_s": copy_bandwidth(device) / 1e9} | {
             f"{precision}_tflops": matmul_rate(device, precision) / 1e12 for precision in precisions
         }

@@ -29,10 +29,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.peers import FUSED, PeerStep, Tuning
-from fastpix2pix.config import TrainConfig
+from benchmarks.workload import Workload
 from fastpix2pix.kernels import launch
 from fastpix2pix.models import build_networks
-from fastpix2pix.step import TrainStep
+from fastpix2pix.training.precision import WORKING_TYPES
+from fastpix2pix.training.step import TrainStep
 
 KINDS = ("convolution", "optimizer", "epilogue", "loss", "copy", "other")
 
@@ -93,7 +94,10 @@ def _in_optimizer() -> bool:
     frame = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.startswith("torch.optim.") or module in ("fastpix2pix.optim", "fastpix2pix.kernels.adam"):
+        if module.startswith("torch.optim.") or module in (
+            "fastpix2pix.training.optim",
+            "fastpix2pix.kernels.adam",
+        ):
             return True
         frame = frame.f_back
     return False
@@ -177,17 +181,17 @@ PLAIN_ON_GPU = Tuning(adam=(("foreach", True),))
 TUNED = Tuning(channels_last=True, autocast=torch.bfloat16, adam=FUSED)
 
 
-def _images(config: TrainConfig, dtype: torch.dtype) -> list[Tensor]:
-    side = config.crop_size
-    image = torch.zeros(config.batch_size, 3, side, side, dtype=dtype)
+def _images(workload: Workload, dtype: torch.dtype) -> list[Tensor]:
+    image = torch.zeros(workload.batch_size, 3, workload.size, workload.size, dtype=dtype)
     return [image.contiguous(memory_format=torch.channels_last).clone() for _ in range(2)]
 
 
-def trace_ours(config: TrainConfig) -> list[Entry]:
-    """Our step at ``config.precision``, with the copies that bring a pair into the captured graph."""
-    step = TrainStep(*build_networks(config, torch.device("cpu")), config)
-    dtype = next(step.generator.parameters()).dtype
-    slots, images = _images(config, dtype), _images(config, dtype)
+def trace_ours(workload: Workload, precision: str) -> list[Entry]:
+    """Our step in ``precision``, with the copies that bring a pair into the captured graph."""
+    networks = build_networks(workload.network_options())
+    step = TrainStep(*networks, workload.step_options(precision))
+    dtype = WORKING_TYPES[precision]
+    slots, images = _images(workload, dtype), _images(workload, dtype)
     trace = Trace()
     with trace():
         for slot, image in zip(slots, images, strict=True):
@@ -196,10 +200,10 @@ def trace_ours(config: TrainConfig) -> list[Entry]:
     return trace.entries
 
 
-def trace_peer(config: TrainConfig, tuning: Tuning) -> list[Entry]:
+def trace_peer(workload: Workload, tuning: Tuning) -> list[Entry]:
     """A peer's second step, when its optimizers have their state."""
-    step = PeerStep(config, tuning)
-    images = _images(config, torch.float32)
+    step = PeerStep(workload, tuning)
+    images = _images(workload, torch.float32)
     trace = Trace()
     with trace():
         step(*images)
@@ -210,11 +214,11 @@ def trace_peer(config: TrainConfig, tuning: Tuning) -> list[Entry]:
 
 def trace_all(preset: str, batch_size: int = 1) -> dict[str, list[Entry]]:
     """Our step in bf16 and the peers', full networks at 256x256."""
-    config = TrainConfig(preset=preset, batch_size=batch_size, precision="bf16")
+    workload = Workload(preset=preset, batch_size=batch_size)
     return {
-        "plain PyTorch": trace_peer(config, PLAIN_ON_GPU),
-        "tuned PyTorch": trace_peer(config, TUNED),
-        "fastpix2pix": trace_ours(config),
+        "plain PyTorch": trace_peer(workload, PLAIN_ON_GPU),
+        "tuned PyTorch": trace_peer(workload, TUNED),
+        "fastpix2pix": trace_ours(workload, "bf16"),
     }
 
 

@@ -3,19 +3,56 @@
 model = fastpix2pix.load("checkpoints/facades")
 photo = model(Image.open("labels.png"))
 
-Parts for other people's code: ``TrainStep``, ``accelerate``, ``MasterAdam``, ``PatchGANLoss``.
+Parts for other people's code: the networks, ``TrainStep``, ``accelerate``, ``MasterAdam``, ``PatchGANLoss``;
+``docs/api.md`` describes them.
 """
 
 from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastpix2pix.acceleration import accelerate
+    from fastpix2pix.config import TrainConfig
+    from fastpix2pix.losses import PatchGANLoss
+    from fastpix2pix.models import NetworkOptions, PatchDiscriminator, UNetGenerator
+    from fastpix2pix.training.optim import MasterAdam
+    from fastpix2pix.training.options import StepOptions
+    from fastpix2pix.training.step import TrainStep
+    from fastpix2pix.translator import load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MasterAdam",
+    "NetworkOptions",
+    "PatchDiscriminator",
+    "PatchGANLoss",
+    "StepOptions",
+    "TrainConfig",
+    "TrainStep",
+    "UNetGenerator",
+    "__version__",
+    "accelerate",
+    "load",
+]
 
 _HOMES = {
-    "load": "fastpix2pix.translator",
-    "TrainStep": "fastpix2pix.step",
-    "accelerate": "fastpix2pix.acceleration",
-    "MasterAdam": "fastpix2pix.optim",
+    "MasterAdam": "fastpix2pix.training.optim",
+    "NetworkOptions": "fastpix2pix.models",
+    "PatchDiscriminator": "fastpix2pix.models",
     "PatchGANLoss": "fastpix2pix.losses",
+    "StepOptions": "fastpix2pix.training.options",
+    "TrainConfig": "fastpix2pix.config",
+    "TrainStep": "fastpix2pix.training.step",
+    "UNetGenerator": "fastpix2pix.models",
+    "accelerate": "fastpix2pix.acceleration",
+    "load": "fastpix2pix.translator",
 }
-__all__ = list(_HOMES)
+
+_CLONE = Path(__file__).parents[1]
+if not (Path(__file__).parent / "kernels").is_dir() and (_CLONE / "kernels" / "launch.py").is_file():
+    __path__.append(str(_CLONE))  # in a clone, kernels/ lies beside this folder; setup.py maps it in a wheel
 
 
 def __getattr__(name: str):
@@ -23,3 +60,7 @@ def __getattr__(name: str):
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,5 @@
 """From a configuration dataclass to a command: typed flags, and one line for a user's mistake."""
 
-import dataclasses
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,13 +19,13 @@ def run(
     command: Callable[[Config], None],
     argv: Sequence[str] | None = None,
     *,
-    defaults_for: Callable[[Config], Config | None] = lambda config: None,
+    default: Callable[[Sequence[str]], Config | None] = lambda argv: None,
 ) -> None:
     """Parse ``argv`` (default: the process's) into ``config_class`` and call ``command`` with it.
 
     Field names become ``--snake_case`` flags, as users of other pix2pix programs know them; the string
-    below each field is its help. ``defaults_for`` may look at the parsed configuration and return another
-    one, which then supplies whatever no flag says. A ``UserError`` ends the process with one line on stderr
+    below each field is its help. ``default`` may look at ``argv`` and return a configuration that supplies
+    whatever no flag says. A ``UserError`` ends the process with one line on stderr
     and exit code 2, the code that a bad flag gives too; an interrupt ends it with 130.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -35,13 +34,10 @@ def run(
     # Its error, at twice the size, is enough; which sizes fit is for the command to say.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
+        options = {} if (found := default(argv)) is None else {"default": found}
         config = tyro.cli(
-            config_class, args=argv, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,)
+            config_class, args=argv, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,), **options
         )
-        if (saved := defaults_for(config)) is not None:
-            flags = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-            given = {field.name for field in dataclasses.fields(config)} & flags
-            config = dataclasses.replace(saved, **{name: getattr(config, name) for name in given})
         command(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,63 +1,32 @@
-"""What a run is: one dataclass that is the command line, ``config.json`` and part of every checkpoint."""
+"""The command line of training: what was asked for, as ``config.json`` keeps it."""
 
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
+from fastpix2pix.data.catalog import DATASETS
+from fastpix2pix.data.loader import Direction, LoaderOptions
 from fastpix2pix.errors import UserError
+from fastpix2pix.models.discriminator import min_size
+from fastpix2pix.models.generator import size_multiple
+from fastpix2pix.models.options import GeneratorName, NetworkOptions, Norm
+from fastpix2pix.presets import Preset, PresetName, find_preset
+from fastpix2pix.training.options import GanMode, Precision, StepOptions
 
-GENERATOR_DEPTHS = {"unet_32": 5, "unet_64": 6, "unet_128": 7, "unet_256": 8, "unet_512": 9}
+Options = TypeVar("Options")
 
+NOT_OF_THE_RUN = ("continue_train", "force")
+"""Flags that say what to do with a run, and are no part of it."""
 
-@dataclass(frozen=True)
-class Recipe:
-    """How one reference implementation trains (where it differs from the other)."""
+TASK = ("dataroot", "dataset", "direction", "load_size", "crop_size", "no_flip", "gan_mode")
+"""Flags that make another task of a run when they change in its middle."""
 
-    direction: str
-    interpolation: str
-    simultaneous: bool
-    """Both gradients from the same weights and one D(fake); else D steps first and looks at fake again."""
-    real_first: bool
-    """Order of the discriminator's two halves, which its running statistics see one after the other."""
-    disc_factor: float
-    adam_eps: float
-    keras_eps: bool
-    n_epochs: int | None
-    """Length when the user gives none: epochs at the full learning rate and epochs of its linear fall; or
-    (None) so many steps."""
-    n_epochs_decay: int
-    steps: int | None
-
-
-RECIPES = {
-    "tutorial": Recipe(
-        direction="BtoA",
-        interpolation="nearest",
-        simultaneous=True,
-        real_first=True,
-        disc_factor=1.0,
-        adam_eps=1e-7,
-        keras_eps=True,
-        n_epochs=None,
-        n_epochs_decay=0,
-        steps=40_000,
-    ),
-    "junyanz": Recipe(
-        direction="AtoB",
-        interpolation="bicubic",
-        simultaneous=False,
-        real_first=False,
-        disc_factor=0.5,
-        adam_eps=1e-8,
-        keras_eps=False,
-        n_epochs=100,
-        n_epochs_decay=100,
-        steps=None,
-    ),
-}
+ARCHITECTURE = ("preset", "netG", "ngf", "ndf", "n_layers_D", "norm")
+"""Flags that a checkpoint's tensors depend on: they cannot change when a run continues."""
 
 
 @dataclass(frozen=True)
@@ -78,40 +47,42 @@ class TrainConfig:
     checkpoints_dir: Path = Path("checkpoints")
     """Where run folders are made."""
     continue_train: bool = False
-    """Continue the run NAME exactly where its newest checkpoint left it."""
-    preset: Literal["tutorial", "junyanz"] = "tutorial"
+    """Continue the run NAME exactly where its newest checkpoint left it. What no flag says is as it was."""
+    force: bool = False
+    """Continue a run although a flag changes its task: its data, direction or sizes."""
+    preset: PresetName = NetworkOptions.preset
     """Whose pix2pix: the TensorFlow tutorial's, or pytorch-CycleGAN-and-pix2pix's. They differ in network,
     update rule, Adam, resize filter and direction."""
-    direction: Literal["AtoB", "BtoA"] | None = None
-    """Which half is the input: A is the left. Default: that of the data set by name (synthetic: BtoA); with
-    --dataroot BtoA for tutorial, AtoB for junyanz."""
-    load_size: int = 286
+    direction: Direction | None = None
+    """Which half is the input: AtoB the left one, BtoA the right one. Default: that of the data set by name
+    (synthetic: BtoA); with --dataroot BtoA for tutorial, AtoB for junyanz."""
+    load_size: int = LoaderOptions.load_size
     """Images are resized to this many pixels a side,"""
-    crop_size: int = 256
+    crop_size: int = LoaderOptions.crop_size
     """then cropped at random to this."""
     no_flip: bool = False
     """Do not mirror images at random."""
-    batch_size: int = 1
+    batch_size: int = LoaderOptions.batch_size
     """Pairs per step. Batch norm at batch 1 normalises each image by itself, which the paper recommends."""
-    netG: Literal["unet_32", "unet_64", "unet_128", "unet_256", "unet_512"] = "unet_256"  # noqa: N815
+    netG: GeneratorName = NetworkOptions.netG  # noqa: N815
     """Generator, by the image size that it takes down to 1x1."""
-    ngf: int = 64
+    ngf: int = NetworkOptions.ngf
     """Width of the generator's first layer."""
-    ndf: int = 64
+    ndf: int = NetworkOptions.ndf
     """Width of the discriminator's first layer."""
-    n_layers_D: int = 3  # noqa: N815
+    n_layers_D: int = NetworkOptions.n_layers_D  # noqa: N815
     """Strided layers of the discriminator; 3 is the 70x70 PatchGAN."""
-    norm: Literal["batch", "instance"] = "batch"
+    norm: Norm = NetworkOptions.norm
     """Normalisation of both networks."""
     no_dropout: bool = False
     """Leave out the generator's dropout."""
-    gan_mode: Literal["vanilla", "lsgan"] = "vanilla"
+    gan_mode: GanMode = StepOptions.gan_mode
     """Cross-entropy, or least squares."""
-    lambda_L1: float = 100.0  # noqa: N815
+    lambda_L1: float = StepOptions.lambda_L1  # noqa: N815
     """Weight of the L1 loss beside the GAN loss."""
-    lr: float = 2e-4
+    lr: float = StepOptions.lr
     """Learning rate of both Adams."""
-    beta1: float = 0.5
+    beta1: float = StepOptions.beta1
     """Momentum term of both Adams."""
     steps: int | None = None
     """Length in steps, at a constant learning rate. Default for tutorial: 40000."""
@@ -121,20 +92,20 @@ class TrainConfig:
     """Epochs after these in which the learning rate falls linearly to zero. Default for junyanz: 100."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
-    precision: Literal["bf16", "fp16", "tf32", "fp32"] | None = None
+    precision: Precision | None = None
     """Type that the networks compute in; Adam's masters and checkpoints are fp32 always. Default: bf16 on
     GPUs from sm_80 on, fp16 with dynamic loss scaling on older ones, on a CPU bf16 if it is faster there."""
     no_graph: bool = False
     """Do not capture the step in a CUDA graph."""
-    seed: int = 0
+    seed: int = NetworkOptions.seed
     """Of the weights, of the order, crops and flips, and of dropout."""
-    loader: Literal["auto", "dali", "portable"] = "auto"
+    loader: Literal["auto", "dali", "portable"] = LoaderOptions.loader
     """DALI where it is installed, else the portable loader. Both produce the same samples."""
-    num_threads: int = 4
+    num_threads: int = LoaderOptions.num_threads
     """Threads or workers that decode images."""
     cache: float = 1.0
     """GiB for keeping the decoded data set (on the GPU where there is one); 0 decodes in every epoch."""
-    print_freq: int = 100
+    print_freq: int = StepOptions.print_freq
     """Steps between two readings of the losses."""
     display_freq: int = 1000
     """Steps between two sample grids (input | target | generated) of the same fixed pairs."""
@@ -144,18 +115,10 @@ class TrainConfig:
     """How many of the newest checkpoints stay on disk."""
 
     def __post_init__(self):
-        positive = (
-            "load_size crop_size batch_size ngf ndf n_layers_D num_threads print_freq display_freq "
-            "save_latest_freq keep_checkpoints"
-        )
-        for field in positive.split():
+        self.network_options(), self.step_options(), self.loader_options()
+        for field in ("display_freq", "save_latest_freq", "keep_checkpoints"):
             if getattr(self, field) < 1:
                 raise UserError(f"--{field} {getattr(self, field)}: give a number of at least 1")
-        for field in ("lr", "lambda_L1", "cache"):
-            if not (math.isfinite(getattr(self, field)) and getattr(self, field) >= 0):
-                raise UserError(f"--{field} {getattr(self, field)}: give a finite number of at least 0")
-        if not 0 <= self.beta1 < 1:
-            raise UserError(f"--beta1 {self.beta1}: give a number in [0, 1)")
         for field, least in (("steps", 1), ("n_epochs", 1), ("n_epochs_decay", 0)):
             if getattr(self, field) is not None and getattr(self, field) < least:
                 raise UserError(f"--{field} {getattr(self, field)}: give a number of at least {least}")
@@ -163,18 +126,13 @@ class TrainConfig:
             raise UserError("--steps and --n_epochs/--n_epochs_decay both set the length; give one of them")
         if self.n_epochs_decay is not None and self._epochs is None:
             raise UserError("--n_epochs_decay needs --n_epochs, the epochs before the decay")
-        if self.load_size < self.crop_size:
-            raise UserError(
-                f"--load_size {self.load_size} is smaller than --crop_size {self.crop_size}: a crop does not "
-                "fit; make load_size at least crop_size"
-            )
-        multiple = 2**self.num_downs
+        multiple = size_multiple(self.network_options().num_downs)
         if self.crop_size % multiple:
             raise UserError(
                 f"--crop_size {self.crop_size} does not fit --netG {self.netG}: give a multiple of "
                 f"{multiple}, or another netG"
             )
-        smallest = 2 ** (self.n_layers_D + 1) * 2
+        smallest = min_size(self.n_layers_D)
         if self.crop_size < smallest:
             raise UserError(
                 f"--crop_size {self.crop_size} is too small for --n_layers_D {self.n_layers_D}: the "
@@ -182,30 +140,62 @@ class TrainConfig:
             )
 
     @property
-    def recipe(self) -> Recipe:
-        return RECIPES[self.preset]
-
-    @property
-    def num_downs(self) -> int:
-        return GENERATOR_DEPTHS[self.netG]
+    def rules(self) -> Preset:
+        """The preset itself."""
+        return find_preset(self.preset)
 
     @property
     def run_folder(self) -> Path:
         return self.checkpoints_dir / self.name
 
+    def network_options(self) -> NetworkOptions:
+        """What the networks are built from."""
+        return _of_flags(lambda: NetworkOptions.of(self))
+
+    def step_options(self) -> StepOptions:
+        """What the training step needs."""
+        names = [field.name for field in dataclasses.fields(StepOptions)]
+        return _of_flags(lambda: StepOptions(**{name: getattr(self, name) for name in names}))
+
+    def loader_options(self) -> LoaderOptions:
+        """What the loader needs, with the direction that ``direction`` or the data decide."""
+        return _of_flags(
+            lambda: LoaderOptions(
+                direction=self.resolved_direction(),
+                load_size=self.load_size,
+                crop_size=self.crop_size,
+                interpolation=self.rules.data.interpolation,
+                flip=not self.no_flip,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                loader=self.loader,
+                num_threads=self.num_threads,
+                cache_bytes=_gib(self.cache),
+            )
+        )
+
+    def resolved_direction(self) -> Direction:
+        """The direction asked for, else the customary one of a data set by name, else the preset's."""
+        if self.direction is not None:
+            return self.direction
+        if self.dataroot is not None:
+            return self.rules.data.direction
+        return DATASETS[self.dataset].direction if self.dataset in DATASETS else "BtoA"
+
     @property
     def _epochs(self) -> tuple[int, int] | None:
         """Epochs at the full learning rate and epochs of decay, or None where the length is in steps."""
-        n_epochs = self.recipe.n_epochs if self.n_epochs is None else self.n_epochs
+        schedule = self.rules.schedule
+        n_epochs = schedule.n_epochs if self.n_epochs is None else self.n_epochs
         if self.steps is not None or n_epochs is None:
             return None
-        return n_epochs, self.recipe.n_epochs_decay if self.n_epochs_decay is None else self.n_epochs_decay
+        return n_epochs, schedule.n_epochs_decay if self.n_epochs_decay is None else self.n_epochs_decay
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Length of the whole run."""
         if self._epochs is not None:
             return sum(self._epochs) * steps_per_epoch
-        return self.recipe.steps if self.steps is None else self.steps
+        return self.rules.schedule.steps if self.steps is None else self.steps
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of the step numbered ``step`` from 0: junyanz's linear rule, constant in an epoch.
@@ -219,8 +209,10 @@ class TrainConfig:
         return self.lr * (1 - max(0, epoch + 1 - n_epochs) / (n_epochs_decay + 1))
 
     def to_dict(self) -> dict:
-        """Plain values for JSON and checkpoints."""
-        values = dataclasses.asdict(self)
+        """The request as plain values for JSON and checkpoints."""
+        values = {
+            name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_OF_THE_RUN
+        }
         return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
     def to_json(self) -> str:
@@ -237,3 +229,33 @@ class TrainConfig:
             )
         paths = {key: Path(values[key]) for key in ("dataroot", "checkpoints_dir") if values.get(key)}
         return cls(**{**values, **paths})
+
+
+def check_changes(saved: TrainConfig, config: TrainConfig) -> list[str]:
+    """What ``config`` asks for differently from the run that it continues, one "--flag old -> new" each.
+
+    Raises UserError for what would make another task of the run, unless ``config.force``.
+    """
+    before, after = saved.to_dict(), config.to_dict()
+    changed = [name for name in after if before[name] != after[name]]
+    for name in changed:
+        if name in TASK and not config.force:
+            raise UserError(
+                f"--{name} {after[name]}: the run {config.name} was started with {before[name]}; drop the "
+                "flag, add --force to go on all the same, or start another run with another --name"
+            )
+    return [f"--{name} {before[name]} -> {after[name]}" for name in changed]
+
+
+def _of_flags(make: Callable[[], Options]) -> Options:
+    """``make()``; what it says of a value is said of the flag of that name."""
+    try:
+        return make()
+    except UserError as error:
+        raise UserError(f"--{error}") from error
+
+
+def _gib(gib: float) -> int:
+    if not (math.isfinite(gib) and gib >= 0):
+        raise UserError(f"cache {gib}: give a finite number of at least 0")
+    return int(gib * 2**30)

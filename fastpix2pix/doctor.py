@@ -1,29 +1,28 @@
 """``python -m fastpix2pix.doctor``: what this machine can run, and whether it computes right."""
 
-import importlib
-import importlib.metadata
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fastpix2pix import cli
-from fastpix2pix.config import TrainConfig
-from fastpix2pix.data import open_loader
+from fastpix2pix import cli, environment
+from fastpix2pix.data import LoaderOptions, open_loader
 from fastpix2pix.data.synthetic import synthetic_dataset
+from fastpix2pix.device import choose_device, why_no_gpu
 from fastpix2pix.errors import UserError
-from fastpix2pix.graph import CapturedStep, set_float32_math
 from fastpix2pix.kernels import launch
-from fastpix2pix.models import build_networks
-from fastpix2pix.precision import WORKING_TYPES, choose_precision
-from fastpix2pix.selfcheck import TOLERANCE, disagreement, random_pairs
-from fastpix2pix.step import TrainStep
+from fastpix2pix.models import NetworkOptions, build_networks
+from fastpix2pix.training.options import StepOptions
+from fastpix2pix.training.precision import choose_precision, set_float32_math
+from fastpix2pix.training.prepare import PreparedStep, prepare_step
+from fastpix2pix.training.selfcheck import TOLERANCE, Networks, compare_with_reference, random_pairs
 
+SIZE = 256
 STEPS = 20
 
 
@@ -44,26 +43,21 @@ def _on_gpu(device: torch.device) -> None:
         raise Skipped("no NVIDIA GPU")
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
-
-
 def versions(device: torch.device) -> str:
-    dali = _version("nvidia-dali-cuda120")
-    text = f"Python {platform.python_version()}, torch {torch.__version__}"
-    text += f", Triton {_version('triton')}, DALI {dali}"
+    found = environment.versions()
+    text = f"Python {found['python']}, torch {found['torch']}"
+    text += f", Triton {found['triton'] or 'absent'}, DALI {found['dali'] or 'absent'}"
     if device.type != "cuda":
-        return f"{text}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        why = f"; {reason}" if (reason := why_no_gpu()) else ""
+        return f"{text}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}{why}"
     major, minor = torch.cuda.get_device_capability(device)
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = (
-        subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0] or "unknown"
-    )
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0]
+    except OSError:  # containers need not have it
+        driver = ""
     name = torch.cuda.get_device_name(device)
-    return f"{text}, CUDA {torch.version.cuda}, driver {driver}, {name} (sm_{major}{minor})"
+    return f"{text}, CUDA {found['cuda']}, driver {driver or 'unknown'}, {name} (sm_{major}{minor})"
 
 
 def precisions(device: torch.device) -> str:
@@ -86,64 +80,65 @@ def kernels_compile(device: torch.device) -> str:
 
 def agrees_with_reference(device: torch.device, preset: str) -> str:
     _on_gpu(device)
-    config = TrainConfig(preset=preset)
-    config = replace(config, precision=choose_precision(None, device))
-    set_float32_math(config.precision)
-    difference = disagreement(config, device)
-    assert difference <= TOLERANCE[config.precision], f"losses differ by {difference:.1e}"
-    return f"{config.precision}, losses within {difference:.1e} of fp32 on the CPU"
+    precision = choose_precision(None, device)
+    set_float32_math(precision)
+    networks = Networks(*build_networks(NetworkOptions(preset=preset)))
+    options = StepOptions(preset=preset, precision=precision)
+    result = compare_with_reference(networks, options, device, size=SIZE, graph=True)
+    assert result.difference <= TOLERANCE[precision], f"losses differ by {result.difference:.1e}"
+    assert result.captured, f"not captured in a CUDA graph: {result.failure}"
+    return f"{precision}, captured, losses within {result.difference:.1e} of fp32 on the CPU"
+
+
+def _step(
+    device: torch.device, options: StepOptions, networks: NetworkOptions, *, graph: bool
+) -> PreparedStep:
+    return prepare_step(*build_networks(networks), options, device, image_size=SIZE, graph=graph, check=False)
 
 
 def captured_equals_eager(device: torch.device) -> str:
     _on_gpu(device)
-    config = replace(TrainConfig(), precision=choose_precision(None, device))
-    dtype = WORKING_TYPES[config.precision]
-    eager, captured = (TrainStep(*build_networks(config, device), config) for _ in range(2))
-    replayed = CapturedStep(captured)
+    options = StepOptions(precision=choose_precision(None, device))
+    eager, replayed = (_step(device, options, NetworkOptions(), graph=graph) for graph in (False, True))
     worst = 0.0
-    for source, target in random_pairs(config, STEPS):
-        images = [image.to(device, dtype, memory_format=torch.channels_last) for image in (source, target)]
-        expected, losses = torch.stack(eager(*images)), torch.stack(replayed(*images))
+    for source, target in random_pairs(STEPS, SIZE):
+        images = [
+            image.to(device, eager.dtype, memory_format=torch.channels_last) for image in (source, target)
+        ]
+        expected, losses = torch.stack(eager.run(*images)), torch.stack(replayed.run(*images))
         worst = max(worst, ((losses - expected).abs() / expected.abs()).max().item())
-    assert worst <= TOLERANCE[config.precision], f"losses differ by {worst:.1e} over {STEPS} steps"
-    return f"{STEPS} steps, losses within {worst:.1e}"
+    assert replayed.run.failure is None, f"not captured: {replayed.run.failure}"
+    assert worst <= TOLERANCE[options.precision], f"losses differ by {worst:.1e} over {STEPS} steps"
+    return f"{STEPS} replays and eager steps, losses within {worst:.1e}"
 
 
 def dropout_advances(device: torch.device) -> str:
-    config = TrainConfig(netG="unet_32", crop_size=32, load_size=32, ngf=8, ndf=8, lr=0.0)
-    step = TrainStep(*build_networks(config, device), config)
-    run = CapturedStep(step) if device.type == "cuda" else step
-    images = [image.to(device) for image in random_pairs(config, 1)[0]]
+    small = NetworkOptions(netG="unet_32", ngf=8, ndf=8)
+    prepared = _step(device, StepOptions(lr=0.0, precision="fp32"), small, graph=True)
+    images = [image.to(device) for image in random_pairs(1, 32)[0]]
     fakes = []
     for _ in range(2):
-        run(*images)
-        fakes.append(step.fake.clone())
+        prepared.run(*images)
+        fakes.append(prepared.step.fake.clone())
     assert not torch.equal(*fakes), "two steps dropped the same values"
     return "two steps on the same pair draw two masks"
 
 
 def loaders_agree(device: torch.device) -> str:
-    """DALI, on the GPU while a step is being captured where there is one, against the portable loader."""
-    if _version("nvidia-dali-cuda120") == "absent":
+    """DALI, on the GPU where there is one, against the portable loader."""
+    if environment.versions()["dali"] is None:
         raise Skipped("DALI is not installed; the portable loader serves")
     with tempfile.TemporaryDirectory() as folder:
         root = synthetic_dataset(Path(folder) / "pairs", train=16, val=1, test=1)
-        streams = {}
-        loaders = {kind: open_loader(root, loader=kind, device=where, chunk=8)
-                   for kind, where in (("dali", device), ("portable", torch.device("cpu")))}  # fmt: skip
-        try:
-            streams = {kind: loader.stream() for kind, loader in loaders.items()}
-            next(streams["dali"])
-            next(streams["portable"])
-            if device.type == "cuda":
-                captured_equals_eager(device)
+        with ExitStack() as stack:
+            streams = []
+            for kind, where in (("dali", device), ("portable", torch.device("cpu"))):
+                loader = open_loader(root, LoaderOptions(loader=kind, chunk=8), device=where)
+                streams.append(stack.enter_context(closing(loader)).stream())
             worst = 0.0
-            for _ in range(15):
-                ours, theirs = (next(stream) for stream in streams.values())
+            for _ in range(16):
+                ours, theirs = (next(stream) for stream in streams)
                 worst = max(worst, (ours.source.cpu() - theirs.source).abs().mean().item() * 127.5)
-        finally:
-            for loader in loaders.values():
-                loader.close()
     assert worst < 2, f"mean difference of {worst:.2f} grey levels"
     return f"DALI and the portable loader give the same samples, within {worst:.2f} grey levels on average"
 
@@ -162,8 +157,7 @@ CHECKS: dict[str, Callable[[torch.device], str]] = {
 
 def examine(config: DoctorConfig) -> None:
     """Print one line a check. Raises UserError, with the names of those that failed, if any did."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if config.device == "auto" else config.device)
+    device = choose_device(config.device)
     failed = []
     for name, check in CHECKS.items():
         try:

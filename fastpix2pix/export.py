@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastpix2pix import cli
 from fastpix2pix.errors import UserError
-from fastpix2pix.models import Block, Epilogue, UNetGenerator
+from fastpix2pix.models import UNetGenerator
+from fastpix2pix.models.blocks import Block, Epilogue
 from fastpix2pix.translator import Translator, load
 
 try:

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from fastpix2pix.errors import UserError
-from fastpix2pix.graph import AsyncHostCopy
 from fastpix2pix.history import History, read_history
-from fastpix2pix.step import Losses, TrainStep
+from fastpix2pix.models.generator import generate_without_trace
+from fastpix2pix.pixels import to_uint8
+from fastpix2pix.training.graph import AsyncHostCopy
+from fastpix2pix.training.losses import Losses
+from fastpix2pix.training.step import TrainStep
 
 TUTORIAL_TAGS = ("gen_total_loss", "gen_gan_loss", "gen_l1_loss", "disc_loss")
 # The loss of a discriminator that answers "can't tell" (logit 0, or 1/2 for least squares) everywhere.
@@ -43,22 +44,6 @@ def gan_health(disc_real: float, disc_fake: float, gen_gan: float, gan_mode: str
         f"D real {disc_real:.2f}, D fake {disc_fake:.2f}, G {gen_gan:.2f} "
         f"(undecided: {undecided:.2f} each): {verdict}"
     )
-
-
-def to_uint8(image: Tensor) -> np.ndarray:
-    """(C, H, W) in [-1, 1] to (H, W, C) uint8."""
-    scaled = (image.detach().float().cpu() + 1) * 127.5
-    return scaled.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-
-
-@torch.no_grad()
-def generate_without_trace(generator: nn.Module, source: Tensor) -> Tensor:
-    """The generator's image for ``source``, leaving its running statistics and dropout counter as they are.
-
-    In training mode, as both references generate: statistics of this very batch, dropout on.
-    """
-    buffers = {name: buffer.clone() for name, buffer in generator.named_buffers()}
-    return functional_call(generator, buffers, (source,))
 
 
 def sample_grid(generator: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> Image.Image:

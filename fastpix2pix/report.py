@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastpix2pix import cli
-from fastpix2pix.config import RECIPES, TrainConfig
+from fastpix2pix import cli, environment
+from fastpix2pix.config import TrainConfig
 from fastpix2pix.errors import UserError
 from fastpix2pix.history import History, read_history
 from fastpix2pix.page import link, text, write_page
+from fastpix2pix.presets import PRESETS
 
 
 def write_report(run_folder: Path, history: History | None = None) -> Path:
@@ -40,8 +41,10 @@ def write_report(run_folder: Path, history: History | None = None) -> Path:
   <section class="charts">{_charts(history, config)}</section>
   <h2>Samples</h2>
   {_samples(run_folder)}
-  <h2>Configuration</h2>
+  <h2>What was asked for</h2>
   {_configuration(config)}
+  <h2>What it ran on</h2>
+  {_environment(run_folder)}
 </main>
 """
     path = run_folder / "report.html"
@@ -82,8 +85,8 @@ def _charts(history: History, config: dict) -> str:
     undecided, name = (0.25, "1/4") if config.get("gan_mode") == "lsgan" else (math.log(2), "log 2")
     references = [(undecided, f"{name} = {undecided:.2f}")]
     # The tutorial's discriminator loss is the sum of both halves, which log 2 is not the undecided value of.
-    recipe = RECIPES.get(config.get("preset"))
-    doubled = recipe is not None and recipe.disc_factor == 1
+    preset = PRESETS.get(config.get("preset"))
+    doubled = preset is not None and preset.update.disc_factor == 1
     both = [(2 * undecided, f"undecided = {2 * undecided:.2f}")] if doubled else []
     return (
         _chart(history, "gen_gan_loss", "Generator, GAN term", references)
@@ -194,6 +197,15 @@ def _configuration(config: dict) -> str:
         for name, value in config.items()
     )
     return f'<p>Bold: not the default.</p><dl class="options">{rows}</dl>'
+
+
+def _environment(run_folder: Path) -> str:
+    """What the last start of the run made of the request, if it says so."""
+    found = environment.read(run_folder)
+    if found is None:
+        return "<p>Not recorded.</p>"
+    versions = {f"{name} version": value for name, value in (found.pop("versions", None) or {}).items()}
+    return f'<dl class="options">{_terms({**found, **versions})}</dl>'
 
 
 STYLE = """

@@ -1,92 +1,32 @@
 """``python -m fastpix2pix.train``: configuration -> data -> TrainStep -> run folder."""
 
+import argparse
 import dataclasses
 import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastpix2pix import checkpoint, cli
-from fastpix2pix.config import TrainConfig
-from fastpix2pix.data import find_pairs, load_pair, open_loader
-from fastpix2pix.data.catalog import DATASETS, fetch_dataset
+from fastpix2pix import checkpoint, cli, environment
+from fastpix2pix.config import TrainConfig, check_changes
+from fastpix2pix.data import Loader, find_pairs, load_pair, open_loader
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
+from fastpix2pix.device import choose_device, why_no_gpu
 from fastpix2pix.errors import UserError
-from fastpix2pix.graph import CapturedStep, set_float32_math
-from fastpix2pix.host_memory import keep_freed_memory
 from fastpix2pix.models import build_networks
 from fastpix2pix.monitor import Monitor
-from fastpix2pix.optim import MasterAdam
-from fastpix2pix.precision import WORKING_TYPES, choose_precision
 from fastpix2pix.report import write_report
-from fastpix2pix.selfcheck import verify_or_fall_back
-from fastpix2pix.step import TrainStep
+from fastpix2pix.training.precision import WORKING_TYPES, choose_precision
+from fastpix2pix.training.prepare import PreparedStep, prepare_step
+from fastpix2pix.training.resume import Position, check_architecture, restore, training_state
 
 SAMPLE_PAIRS = 4
-# What a checkpoint's tensors depend on: none of it can change when a run continues.
-ARCHITECTURE = ("preset", "netG", "ngf", "ndf", "n_layers_D", "norm")
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called ``name``, or for "auto" a GPU where there is one. Raises UserError if absent."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: this machine has no such device; try cpu or auto") from error
-    return device
-
-
-def training_state(step: TrainStep, config: TrainConfig, steps_done: int, epoch: int, position: int) -> dict:
-    """All that an exact resume needs, as plain values and tensors; weights in float32 always."""
-    return {
-        "config": config.to_dict(),
-        "step": steps_done,
-        "generator": full_precision(step.generator, step.gen_optimizer),
-        "discriminator": full_precision(step.discriminator, step.disc_optimizer),
-        "gen_optimizer": step.gen_optimizer.state_dict(),
-        "disc_optimizer": step.disc_optimizer.state_dict(),
-        "loss_scale": None if step.loss_scale is None else step.loss_scale.state_dict(),
-        "dropout_rng": step.generator.rng,
-        "data": {"epoch": epoch, "position": position},
-    }
-
-
-def full_precision(network: nn.Module, optimizer: MasterAdam) -> dict[str, Tensor]:
-    """The network's ``state_dict`` with the optimizer's masters in place of 16-bit weights."""
-    masters = dict(zip(dict(network.named_parameters()), optimizer.masters(), strict=True))
-    return {**network.state_dict(), **masters}
-
-
-def restore(step: TrainStep, config: TrainConfig, path: Path) -> tuple[int, int, int]:
-    """Set ``step`` to the checkpoint at ``path``; returns (steps done, epoch, position in it).
-
-    Raises UserError when the checkpoint is of another architecture.
-    """
-    state = checkpoint.load(path)
-    for field in ARCHITECTURE:
-        mine, theirs = getattr(config, field), state["config"][field]
-        if mine != theirs:
-            raise UserError(
-                f"--{field} {mine}: {path} was trained with {theirs}; drop the flag, or start another run "
-                "with another --name"
-            )
-    step.generator.load_state_dict(state["generator"])
-    step.discriminator.load_state_dict(state["discriminator"])
-    step.gen_optimizer.load_state_dict(state["gen_optimizer"])
-    step.disc_optimizer.load_state_dict(state["disc_optimizer"])
-    if step.loss_scale is not None and state["loss_scale"] is not None:
-        step.loss_scale.load_state_dict(state["loss_scale"])
-    step.generator.rng.copy_(state["dropout_rng"])
-    return state["step"], state["data"]["epoch"], state["data"]["position"]
 
 
 @contextmanager
@@ -107,16 +47,48 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def prepare_run_folder(config: TrainConfig) -> Path:
-    """Make the run's folder and write its configuration. Raises UserError rather than overwrite a run."""
-    folder = config.run_folder
-    if not config.continue_train and checkpoint.latest(folder):
+def read_request(run_folder: Path) -> TrainConfig:
+    """What was asked for when the run was started. Raises UserError where there is no such run."""
+    path = run_folder / "config.json"
+    try:
+        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder} holds a run already; add --continue_train to go on with it, or choose another --name"
-        )
+            f"{path}: not readable, so there is no run to continue; drop --continue_train, or give the "
+            "--name and --checkpoints_dir of a run"
+        ) from error
+
+
+def find_checkpoint(config: TrainConfig) -> tuple[Path, dict] | None:
+    """The newest checkpoint of the run to continue and its state; None for a new run.
+
+    Says which flags differ from the run's own. Raises UserError where there is none to continue, a flag does
+    not fit it, or a new run would overwrite an old one.
+    """
+    folder = config.run_folder
+    newest = checkpoint.latest(folder)
+    if not config.continue_train:
+        if newest is not None:
+            raise UserError(
+                f"{folder} holds a run already; add --continue_train to go on with it, or choose another "
+                "--name"
+            )
+        return None
+    for change in check_changes(read_request(folder), config):
+        print(f"changed since the run was saved: {change}")
+    if newest is None:
+        raise UserError(f"{folder} has no checkpoint to continue from; drop --continue_train")
+    state = checkpoint.load(newest)
+    check_architecture(config, state, newest)
+    return newest, state
+
+
+def prepare_run_folder(config: TrainConfig) -> Path:
+    """Make the run's folder and write what was asked for. Raises UserError where that can't be."""
+    folder = config.run_folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(config.to_json())
+        (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{folder}: can't write here ({error.strerror}); choose another --checkpoints_dir"
@@ -130,82 +102,88 @@ def data_folder(config: TrainConfig) -> Path:
         return config.dataroot
     if config.dataset == "synthetic":
         return synthetic_dataset(default_folder())
+    from fastpix2pix.data.download import fetch_dataset  # the download library takes a while to import
+
     return fetch_dataset(config.dataset)
 
 
-def choose_direction(config: TrainConfig) -> str:
-    """The direction asked for, else the customary one of a data set by name, else the preset's."""
-    if config.direction is not None:
-        return config.direction
-    if config.dataroot is None and config.dataset in DATASETS:
-        return DATASETS[config.dataset].direction
-    return "BtoA" if config.dataroot is None else config.recipe.direction
-
-
-def sample_pairs(root: Path, config: TrainConfig, device: torch.device) -> list:
+def sample_pairs(
+    root: Path, config: TrainConfig, device: torch.device, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
     """The first pairs of test/, else val/, else train/, for the sample grids."""
     split = next((name for name in ("test", "val") if (root / name).is_dir()), "train")
-    pairs = find_pairs(root, split)[:SAMPLE_PAIRS]
-    recipe = config.recipe
+    options = config.loader_options()
     loaded = (
         load_pair(
             pair,
-            direction=config.direction,
-            size=config.crop_size,
-            interpolation=recipe.interpolation,
+            direction=options.direction,
+            size=options.crop_size,
+            interpolation=options.interpolation,
         )
-        for pair in pairs
+        for pair in find_pairs(root, split)[:SAMPLE_PAIRS]
     )
-    dtype = WORKING_TYPES[config.precision]
     return [(source.to(device, dtype), target.to(device, dtype)) for source, target in loaded]
+
+
+def batch_shapes(loader: Loader, config: TrainConfig) -> list[tuple[int, int, int, int]]:
+    """Every shape of images that the run will meet: the batch, and an epoch's last, smaller one."""
+    sizes = {min(config.batch_size, len(loader)), len(loader) % config.batch_size} - {0}
+    return [(size, 3, config.crop_size, config.crop_size) for size in sorted(sizes, reverse=True)]
+
+
+def start_line(config: TrainConfig, loader: Loader, root: Path, prepared: PreparedStep, total: int) -> str:
+    half = "left" if config.resolved_direction() == "AtoB" else "right"
+    resolved = prepared.resolved()
+    how = [resolved["precision"]]
+    if prepared.device.type == "cuda":
+        how.append("CUDA graph" if resolved["cuda_graph"] == "yes" else "no CUDA graph")
+        how.append(f"{resolved['kernels']} kernels")
+    else:
+        how.append(f"{torch.get_num_threads()} threads")
+    return (
+        f"{len(loader)} pairs from {root} ({loader.kind} loader, input: {half} half), {total} steps "
+        f"on {prepared.device} ({environment.device_name(prepared.device)}; {', '.join(how)}), run in "
+        f"{config.run_folder}"
+    )
 
 
 def train(config: TrainConfig) -> None:
     """Run training as ``config`` says. Raises UserError for what the user can mend."""
+    found = find_checkpoint(config)
     device = choose_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    config = dataclasses.replace(
-        config, precision=choose_precision(config.precision, device), direction=choose_direction(config)
-    )
+    if config.device == "auto" and (reason := why_no_gpu()):
+        print(f"training on the CPU: {reason}")
+    precision = choose_precision(config.precision, device)
     root = data_folder(config)
-    recipe = config.recipe
-    loader = open_loader(
-        root,
-        split="train",
-        direction=config.direction,
-        load_size=config.load_size,
-        crop_size=config.crop_size,
-        interpolation=recipe.interpolation,
-        flip=not config.no_flip,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        loader=config.loader,
-        device=device,
-        dtype=WORKING_TYPES[config.precision],
-        cache_bytes=int(config.cache * 2**30),
-        num_threads=config.num_threads,
+    loader = open_loader(root, config.loader_options(), device=device, dtype=WORKING_TYPES[precision])
+    samples = sample_pairs(root, config, device, WORKING_TYPES[precision])
+    prepared = prepare_step(
+        *build_networks(config.network_options()),
+        dataclasses.replace(config.step_options(), precision=precision),
+        device,
+        image_size=config.crop_size,
+        graph=not config.no_graph,
+        check=found is None
+        or not environment.verified_before(
+            found[1].get("environment"), device, precision, graph=not config.no_graph
+        ),
     )
-    samples = sample_pairs(root, config, device)
-    set_float32_math(config.precision)
-    if device.type == "cuda":
-        config = verify_or_fall_back(config, device)
-    step = TrainStep(*build_networks(config, device), config)
-    done, epoch, position = 0, 0, 0
-    if config.continue_train:
-        newest = checkpoint.latest(config.run_folder)
-        if newest is None:
-            raise UserError(f"{config.run_folder} has no checkpoint to continue from; drop --continue_train")
-        done, epoch, position = restore(step, config, newest)
+    prepared.capture(batch_shapes(loader, config))
+    step = prepared.step
+    at = Position() if found is None else restore(step, found[1])
     folder = prepare_run_folder(config)
+
+    def environment_block() -> dict:
+        data = {"loader": loader.kind, "direction": config.resolved_direction()}
+        return environment.describe(device, prepared.resolved() | data)
+
+    environment.save(environment_block(), folder)
     total = config.total_steps(loader.batches_per_epoch)
-    print(
-        f"{len(loader)} pairs from {root} ({loader.kind} loader), {total} steps on {device}, run in {folder}"
-    )
+    print(start_line(config, loader, root, prepared, total))
 
     monitor = Monitor(
         folder,
-        first_step=done,
+        first_step=at.steps,
         total_steps=total,
         batch_size=config.batch_size,
         gan_mode=config.gan_mode,
@@ -213,62 +191,72 @@ def train(config: TrainConfig) -> None:
     )
 
     def save() -> None:
-        monitor.catch_up(done, lr, step)  # a state that is not finite must not displace a good one
-        state = training_state(step, config, done, epoch, position)
-        checkpoint.save(folder, done, state, config.keep_checkpoints)
+        monitor.catch_up(at.steps, lr, step)  # a state that is not finite must not displace a good one
+        state = training_state(step, config, environment_block(), at)
+        checkpoint.save(folder, at.steps, state, config.keep_checkpoints)
         monitor.writer.flush()
         write_report(folder, monitor.history)
 
-    update = CapturedStep(step) if device.type == "cuda" and not config.no_graph else step
-    stream = loader.stream(epoch, position)
-    first = done
+    stream = loader.stream(at.epoch, at.sample)
+    first = at.steps
     with stop_requests() as stops:
         try:
-            while done < total and not stops:
+            while at.steps < total and not stops:
                 began = time.perf_counter()
                 batch = next(stream)
                 monitor.waited(time.perf_counter() - began)
-                lr = config.lr_at(done, loader.batches_per_epoch)
+                lr = config.lr_at(at.steps, loader.batches_per_epoch)
                 step.set_lr(lr)
-                update(batch.source, batch.target)
+                prepared.run(batch.source, batch.target)
                 monitor.stepped()
-                done, epoch, position = done + 1, batch.epoch, batch.position
-                if done % config.print_freq == 0:
-                    monitor.read_losses(done, lr, step)
-                if done % config.display_freq == 0:
-                    monitor.show_samples(done, lr, step)
-                if done % config.save_latest_freq == 0:
+                at = Position(at.steps + 1, batch.epoch, batch.position)
+                if at.steps % config.print_freq == 0:
+                    monitor.read_losses(at.steps, lr, step)
+                if at.steps % config.display_freq == 0:
+                    monitor.show_samples(at.steps, lr, step)
+                if at.steps % config.save_latest_freq == 0:
                     save()
-            if done > first:
-                if done % config.display_freq:
-                    monitor.show_samples(done, lr, step)
-                if done % config.save_latest_freq:
+            if at.steps > first:
+                if at.steps % config.display_freq:
+                    monitor.show_samples(at.steps, lr, step)
+                if at.steps % config.save_latest_freq:
                     save()
         finally:
             monitor.close()
             loader.close()
     if stops:
-        print(f"stopped at step {done}; the run goes on with --continue_train --name {config.name}")
+        print(f"stopped at step {at.steps}; the run goes on with --continue_train --name {config.name}")
         sys.exit(128 + stops[0])
-    print(f"done: {done} steps; checkpoints and samples are in {folder}")
+    print(f"done: {at.steps} steps; checkpoints and samples are in {folder}")
+
+
+def saved_request(argv: Sequence[str]) -> TrainConfig | None:
+    """What the run to continue was asked for, over which flags are laid before anything is checked; None for
+    a new run. A flag that sets the length takes the place of the length that was saved."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--continue_train", "--continue-train", action="store_true")
+    parser.add_argument("--name", default=TrainConfig.name)
+    parser.add_argument(
+        "--checkpoints_dir", "--checkpoints-dir", type=Path, default=TrainConfig.checkpoints_dir
+    )
+    try:
+        flags, others = parser.parse_known_args(argv)
+    except argparse.ArgumentError:
+        return None  # the real parser says what is wrong
+    if not flags.continue_train:
+        return None
+    saved = read_request(flags.checkpoints_dir / flags.name)
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in others if word.startswith("--")}
+    if "steps" in given:
+        saved = dataclasses.replace(saved, n_epochs=None, n_epochs_decay=None)
+    elif given & {"n_epochs", "n_epochs_decay"}:
+        saved = dataclasses.replace(saved, steps=None)
+    return saved
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse and train. A continued run takes what no flag says from its own ``config.json``."""
-
-    def saved(config: TrainConfig) -> TrainConfig | None:
-        if not config.continue_train:
-            return None
-        path = config.run_folder / "config.json"
-        try:
-            return TrainConfig.from_dict(json.loads(path.read_text()))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: not readable, so there is no run to continue; drop --continue_train, or give the "
-                "--name and --checkpoints_dir of a run"
-            ) from error
-
-    cli.run(TrainConfig, train, argv, defaults_for=saved)
+    cli.run(TrainConfig, train, argv, default=saved_request)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,17 @@ from PIL import Image
 from torch import Tensor
 
 from fastpix2pix import checkpoint
-from fastpix2pix.config import RECIPES, TrainConfig
-from fastpix2pix.data.jitter import normalize
+from fastpix2pix.config import TrainConfig
 from fastpix2pix.data.loader import Direction
 from fastpix2pix.data.resize import resize
+from fastpix2pix.device import choose_device
 from fastpix2pix.errors import UserError
-from fastpix2pix.interop import junyanz, keras
-from fastpix2pix.models import UNetGenerator, build_networks
-from fastpix2pix.monitor import generate_without_trace, to_uint8
-from fastpix2pix.train import choose_device
+from fastpix2pix.interop import keras
+from fastpix2pix.interop.junyanz import weights as junyanz
+from fastpix2pix.models import UNetGenerator, build_generator
+from fastpix2pix.models.generator import generate_without_trace, size_multiple
+from fastpix2pix.pixels import normalize, to_uint8
+from fastpix2pix.presets import find_preset
 
 Picture = TypeVar("Picture", Image.Image, np.ndarray, Tensor)
 
@@ -46,7 +48,7 @@ class Translator:
     ):
         self.generator = generator.train(not evaluation).requires_grad_(False)
         self.direction, self.size, self.source = direction, size, source
-        self.interpolation = RECIPES[generator.preset].interpolation
+        self.interpolation = find_preset(generator.preset).data.interpolation
         self.evaluation, self.seed = evaluation, seed
 
     @property
@@ -102,7 +104,7 @@ class Translator:
     @torch.no_grad()
     def _translate_one(self, source: Tensor) -> Tensor:
         """(1, channels, height, width) of any size: mirrored outwards to a size that fits, then cropped."""
-        multiple = 2**self.generator.num_downs
+        multiple = size_multiple(self.generator.num_downs)
         (rows, inside_rows), (columns, inside_columns) = (_padding(n, multiple) for n in source.shape[-2:])
         padded = source[:, :, rows.to(self.device)][..., columns.to(self.device)]
         self.generator.rng.copy_(torch.tensor([self.seed, 0]))  # the same dropout whatever came before
@@ -164,7 +166,10 @@ def load(
     path, device = Path(path), choose_device(str(device))
     if path.suffix in (".pth", ".npz"):
         generator = (junyanz if path.suffix == ".pth" else keras).read_generator(path)
-        trained_direction, size = RECIPES[generator.preset].direction, 2**generator.num_downs
+        trained_direction, size = (
+            find_preset(generator.preset).data.direction,
+            size_multiple(generator.num_downs),
+        )
         source = str(path)
     else:
         file = checkpoint.latest(path) if path.is_dir() else path
@@ -172,9 +177,9 @@ def load(
             raise UserError(f"{path} holds no checkpoint; give the folder of a run, or a .pth or .npz file")
         state = checkpoint.load(file)
         config = _configuration(state, file)
-        generator, _ = build_networks(config, torch.device("cpu"))
+        generator = build_generator(config.network_options())
         _load_state(generator, state["generator"], file)
-        trained_direction, size = config.direction or config.recipe.direction, config.crop_size
+        trained_direction, size = config.resolved_direction(), config.crop_size
         source = f"{config.name}, step {state['step']}"
     return Translator(
         generator.to(device),

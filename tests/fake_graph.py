@@ -111,6 +111,7 @@ class FakeGraphBackend:
     def __init__(self, static: Callable[[], Iterable[Tensor]], on_kernels: bool = False):
         self._static, self._on_kernels = static, on_kernels
         self.tapes: list[Tape] = []
+        self.failure: str | None = None
 
     def warm_up(self, body: Callable[[], None], times: int) -> None:
         for _ in range(times):

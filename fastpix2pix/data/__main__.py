@@ -7,8 +7,8 @@ from typing import Annotated
 import tyro
 
 from fastpix2pix import cli
-from fastpix2pix.data.catalog import fetch_dataset
 from fastpix2pix.data.check import check
+from fastpix2pix.data.download import fetch_dataset
 
 
 @dataclass

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastpix2pix.pixels import normalize
+
 
 def jitter(
     images: Tensor,
@@ -26,11 +28,3 @@ def jitter(
     mirrored = torch.from_numpy(np.flatnonzero(mirror)).to(images.device, non_blocking=True)
     crops[mirrored] = crops[mirrored].flip(2)
     return normalize(crops, dtype)
-
-
-def normalize(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 (n, height, width, 3) -> x / 127.5 - 1, (n, 3, height, width) in channels-last memory."""
-    # The divisor is a tensor because CUDA turns division by a Python number into a product with its
-    # reciprocal, one unit in the last place off the tutorial's float32.
-    half_range = torch.full((), 127.5, device=images.device)
-    return images.to(torch.float32).div_(half_range).sub_(1.0).to(dtype).permute(0, 3, 1, 2)

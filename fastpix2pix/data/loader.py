@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastpix2pix.data.jitter import jitter, normalize
+from fastpix2pix.data.jitter import jitter
 from fastpix2pix.data.pairs import Pair, find_pairs
 from fastpix2pix.data.plan import epoch_plan
 from fastpix2pix.data.resize import Interpolation, resize
 from fastpix2pix.errors import UserError
+from fastpix2pix.pixels import normalize
 
 log = logging.getLogger(__name__)
 
@@ -175,66 +176,67 @@ class Loader:
         return a, b
 
 
+@dataclass(frozen=True)
+class LoaderOptions:
+    """What a loader does with a data set."""
+
+    direction: Direction = "BtoA"
+    load_size: int = 286
+    crop_size: int = 256
+    interpolation: Interpolation = "nearest"
+    flip: bool = True
+    shuffle: bool = True
+    batch_size: int = 1
+    seed: int = 0
+    loader: Literal["auto", "dali", "portable"] = "auto"
+    num_threads: int = 4
+    cache_bytes: int = 0
+    chunk: int | None = None
+
+    def __post_init__(self):
+        for field in ("load_size", "crop_size", "batch_size", "num_threads"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{field} {getattr(self, field)}: give a number of at least 1")
+        if self.seed < 0:
+            raise UserError(f"seed {self.seed}: must be 0 or more")
+        if self.load_size < self.crop_size:
+            raise UserError(
+                f"load_size {self.load_size} is smaller than --crop_size {self.crop_size}: a crop does not "
+                "fit; make load_size at least crop_size"
+            )
+
+
 def open_loader(
     root: str | Path,
+    options: LoaderOptions | None = None,
     *,
     split: str = "train",
-    direction: Direction = "BtoA",
-    load_size: int = 286,
-    crop_size: int = 256,
-    interpolation: Interpolation = "nearest",
-    flip: bool = True,
-    shuffle: bool = True,
-    batch_size: int = 1,
-    seed: int = 0,
-    loader: Literal["auto", "dali", "portable"] = "auto",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    num_threads: int = 4,
-    chunk: int | None = None,
-    cache_bytes: int = 0,
 ) -> Loader:
-    """Opens ``split`` of the data set in ``root`` (layouts: :func:`find_pairs`) for training.
-
-    ``direction="AtoB"`` makes A, the left half, the source and B the target. Every half is resized to
-    ``load_size`` squared and cropped to ``crop_size`` squared by the decisions of :func:`epoch_plan`.
-    ``loader`` says who decodes: NVIDIA DALI, or Pillow ("portable"); "auto" takes DALI where it can be
-    imported. ``num_threads`` threads (DALI) or processes (portable) decode ``chunk`` pairs (64 on a GPU,
-    16 on the CPU), rounded down to whole batches, in one run. A data set whose resized pixels (8 bit)
-    fit into ``cache_bytes`` is decoded once and kept in the memory of ``device``.
-
-    Raises ``UserError`` for a data set, a size or a loader that cannot be used.
-    """
-    if not 0 < crop_size <= load_size:
-        raise UserError(f"crop_size {crop_size}: must lie between 1 and load_size {load_size}")
-    if batch_size < 1:
-        raise UserError(f"batch_size {batch_size}: must be 1 or more")
-    if seed < 0:
-        raise UserError(f"seed {seed}: must be 0 or more")
+    """Opens ``split`` of the data set in ``root``."""
+    o = LoaderOptions() if options is None else options
     device = torch.device(device)
     pairs = find_pairs(root, split)
-    kind = _choose(loader)
-    log.info(f"{len(pairs)} pairs of {root}, {split}, decoded by {'DALI' if kind == 'dali' else 'Pillow'}")
-    needed = 2 * len(pairs) * load_size**2 * 3
-    if 0 < cache_bytes < needed:
-        log.warning(f"{len(pairs)} pairs take {needed} bytes: too many for a cache of {cache_bytes} bytes")
-    chunk = chunk or (16 if device.type == "cpu" else 64)
+    kind = _choose(o.loader)
+    needed = 2 * len(pairs) * o.load_size**2 * 3
+    chunk = o.chunk or (16 if device.type == "cpu" else 64)
     return Loader(
         pairs,
         kind,
-        direction,
-        load_size,
-        crop_size,
-        interpolation,
-        flip,
-        shuffle,
-        batch_size,
-        seed,
+        o.direction,
+        o.load_size,
+        o.crop_size,
+        o.interpolation,
+        o.flip,
+        o.shuffle,
+        o.batch_size,
+        o.seed,
         device,
         dtype,
-        num_threads,
-        chunk_size=max(1, chunk // batch_size) * batch_size,
-        cached=cache_bytes >= needed,
+        o.num_threads,
+        chunk_size=max(1, chunk // o.batch_size) * o.batch_size,
+        cached=o.cache_bytes >= needed,
     )
 
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fastpix2pix.errors import UserError
-from fastpix2pix.models import MIN_DOWNS, Block, PatchDiscriminator, UNetGenerator
+from fastpix2pix.models import PatchDiscriminator, UNetGenerator
+from fastpix2pix.models.blocks import Block
+from fastpix2pix.models.generator import MIN_DOWNS
 
 KERAS_FROM_TORCH = (2, 3, 1, 0)
 TORCH_FROM_KERAS = (3, 2, 0, 1)

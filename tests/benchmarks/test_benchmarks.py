@@ -11,37 +11,37 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import compare, render, results, roofline, timing, traffic
-from benchmarks.contenders import Contender, Entrant, field
-from benchmarks.peers import PLAIN, PeerStep, tuned
-from benchmarks.race import race
+from benchmarks.peers import FUSED, PLAIN, PeerStep, Tuning, tuned
+from benchmarks.processes import time_in_turns
 from benchmarks.timing import Seconds
-from fastpix2pix.config import TrainConfig
+from benchmarks.variants import RunningVariant, StepVariant, all_variants
+from benchmarks.workload import Workload
 from fastpix2pix.kernels import launch
 from fastpix2pix.models import build_networks
-from fastpix2pix.step import TrainStep
+from fastpix2pix.training.step import TrainStep
 
 
 def miniature(preset, **options):
-    small = {"netG": "unet_64", "crop_size": 64, "load_size": 64, "ngf": 4, "ndf": 4, "no_dropout": True}
-    return TrainConfig(preset=preset, **{"precision": "fp32", **small, **options})
+    small = {"netG": "unet_64", "size": 64, "ngf": 4, "ndf": 4, "no_dropout": True}
+    return Workload(preset=preset, **(small | options))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("preset", ["tutorial", "junyanz"])
 def test_the_peers_losses_are_ours(preset, batch_size):
     """Nothing is shared but the weights: neither networks, losses, update rule nor Adam."""
-    config = miniature(preset, batch_size=batch_size, ngf=8, ndf=8)
-    networks = [network.double() for network in build_networks(config, torch.device("cpu"))]
+    workload = miniature(preset, batch_size=batch_size, ngf=8, ndf=8)
+    networks = [network.double() for network in build_networks(workload.network_options())]
     with torch.no_grad():
         # The tutorial's fresh bottleneck is 0, where rounding would decide what a ReLU lets through.
         for parameter in (p for network in networks for p in network.parameters() if p.ndim == 1):
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     peers = []
     for tuning in (PLAIN, tuned("cpu")):
-        peer = PeerStep(config, tuning)
+        peer = PeerStep(workload, tuning)
         peer.generator.double(), peer.discriminator.double()
         peers.append(peer.load_ours(*networks))
-    ours = TrainStep(*networks, config)
+    ours = TrainStep(*networks, workload.step_options())
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
         images = torch.rand(2, batch_size, 3, 64, 64, generator=generator, dtype=torch.float64) * 2 - 1
@@ -56,7 +56,7 @@ def test_the_peers_losses_are_ours(preset, batch_size):
 def test_dropout_of_the_peers():
     """The blocks that drop are those of the reference: output sizes 2, 4, 8 of the tutorial, 4, 8, 16."""
     for preset, sizes in (("tutorial", [2, 4, 8]), ("junyanz", [4, 8, 16])):
-        peer = PeerStep(TrainConfig(preset=preset, ngf=1, ndf=1))
+        peer = PeerStep(Workload(preset=preset, ngf=1, ndf=1))
         dropping = [
             2 ** (i + 1)
             for i, up in enumerate(peer.generator.ups)
@@ -127,8 +127,9 @@ def test_optimizers(options, operands, moved):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_launches_declare_what_they_are_given(preset, precision):
     """A launch of the step declares the images and vectors among its arguments, and no others."""
-    config = miniature(preset, precision=precision)
-    step = TrainStep(*build_networks(config, torch.device("cpu")), config)
+    workload = miniature(preset)
+    networks = build_networks(workload.network_options())
+    step = TrainStep(*networks, workload.step_options(precision))
     dtype = next(step.generator.parameters()).dtype
     images = torch.zeros(2, 1, 3, 64, 64, dtype=dtype)
     launches = []
@@ -147,9 +148,9 @@ def test_launches_declare_what_they_are_given(preset, precision):
 @pytest.mark.parametrize("preset, most_operators", [("tutorial", 160), ("junyanz", 170)])
 def test_the_step_stays_lean(preset, most_operators):
     """Traffic that creeps in: per step at batch 1, however narrow the networks are."""
-    config = TrainConfig(preset=preset, precision="bf16", ngf=8, ndf=8)
-    ours = traffic.summary(traffic.trace_ours(config))
-    plain = traffic.summary(traffic.trace_peer(config, traffic.PLAIN_ON_GPU))
+    workload = Workload(preset=preset, ngf=8, ndf=8)
+    ours = traffic.summary(traffic.trace_ours(workload, "bf16"))
+    plain = traffic.summary(traffic.trace_peer(workload, traffic.PLAIN_ON_GPU))
     assert ours["total"]["operators"] < most_operators < plain["total"]["operators"] * 0.65
     assert ours["total"]["operands_gb"] < 0.4 * plain["total"]["operands_gb"]
     assert ours["copy"]["operands_gb"] < 0.005  # a pair, into the graph and into the discriminator's input
@@ -159,8 +160,8 @@ def test_float32_is_traced_as_a_gpu_runs_it():
     """Not as the CPU does, with convolutions of its own."""
     counts = []
     for precision in ("fp32", "bf16"):
-        config = TrainConfig(precision=precision, ngf=8, ndf=8)
-        counts.append(traffic.summary(traffic.trace_ours(config))["convolution"])
+        entries = traffic.trace_ours(Workload(ngf=8, ndf=8), precision)
+        counts.append(traffic.summary(entries)["convolution"])
     assert counts[0]["operators"] == counts[1]["operators"]
     assert counts[0]["operands_gb"] == 2 * counts[1]["operands_gb"]
 
@@ -169,16 +170,21 @@ def test_float32_is_traced_as_a_gpu_runs_it():
 
 
 @pytest.mark.parametrize("preset", ["tutorial", "junyanz"])
-def test_contenders_start_from_the_same_weights_on_the_same_images(preset):
-    config = miniature(preset, ngf=8, ndf=8)
-    contenders = field(torch.device("cpu"))
-    assert [contender.tuning is None for contender in contenders].count(False) >= 3
+def test_variants_start_from_the_same_weights_on_the_same_images(preset):
+    """Those that compute in float32: which ones do depends on the processor, so the list is made here."""
+    workload = miniature(preset, ngf=8, ndf=8)
+    variants = [
+        StepVariant("plain", "", PLAIN),
+        StepVariant("channels-last", "", Tuning(channels_last=True)),
+        StepVariant("fused Adam", "", Tuning(channels_last=True, adam=FUSED)),
+        StepVariant("ours", ""),
+    ]
 
-    def first_losses(contender):
-        losses = Entrant(contender, config, torch.device("cpu")).step()
+    def first_losses(variant):
+        losses = RunningVariant(variant, workload, torch.device("cpu")).step()
         return torch.stack(list(losses.values() if isinstance(losses, dict) else losses))
 
-    first, *others = map(first_losses, contenders)
+    first, *others = map(first_losses, variants)
     for other in others:
         torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-6)
 
@@ -208,22 +214,22 @@ def test_ratios_do_not_drift_with_the_machine(monkeypatch):
     assert timing.speedup(slow, fast) == pytest.approx(3, rel=0.01)
 
 
-def test_race():
-    """Seconds are those of the contender's own process, within the time that passed here."""
-    contenders = field(torch.device("cpu"))[:2]
+def test_timing_in_turns():
+    """Seconds are those of the variant's own process, within the time that passed here."""
+    variants = all_variants(torch.device("cpu"))[:2]
     began = time.perf_counter()
-    seconds = race(contenders, miniature("tutorial", ngf=8, ndf=8), torch.device("cpu"), rounds=3)
+    seconds = time_in_turns(variants, miniature("tutorial", ngf=8, ndf=8), torch.device("cpu"), rounds=3)
     elapsed = time.perf_counter() - began
-    assert list(seconds) == [contender.name for contender in contenders]
+    assert list(seconds) == [variant.name for variant in variants]
     taken = [turn for turns in seconds.values() for turn in turns]
     assert len(taken) == 6 and all(turn.cpu > 0 for turn in taken)
     assert 0 < sum(turn.wall for turn in taken) < elapsed
 
 
-def test_a_contender_that_cannot_run_is_named():
-    eights = Contender("ours in 8 bits", "", precision="fp8")
+def test_a_variant_that_cannot_run_is_named():
+    eights = StepVariant("ours in 8 bits", "", precision="fp8")
     with pytest.raises(RuntimeError, match="ours in 8 bits has stopped"):
-        race([eights], miniature("tutorial"), torch.device("cpu"), rounds=1)
+        time_in_turns([eights], miniature("tutorial"), torch.device("cpu"), rounds=1)
 
 
 def test_comparison_figures():

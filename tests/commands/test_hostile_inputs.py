@@ -25,11 +25,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from tiny import tiny_config
 
 from fastpix2pix import checkpoint, translate
-from fastpix2pix.config import TrainConfig
 from fastpix2pix.data import __main__ as data
 from fastpix2pix.data import catalog
 from fastpix2pix.models import build_networks
@@ -336,9 +335,9 @@ def server():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run of a tiny untrained network, for pairs of two 32x32 halves."""
-    config = TrainConfig(netG="unet_32", ngf=4, ndf=4, n_layers_D=1, load_size=36, crop_size=32, name="tiny")
+    config = tiny_config(ngf=4, ndf=4, n_layers_D=1, name="tiny")
     networks = dict(
-        zip(("generator", "discriminator"), build_networks(config, torch.device("cpu")), strict=True)
+        zip(("generator", "discriminator"), build_networks(config.network_options()), strict=True)
     )
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     weights = {name: network.state_dict() for name, network in networks.items()}

@@ -15,7 +15,7 @@ from fastpix2pix import checkpoint, monitor
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.data.catalog import DATASETS
 from fastpix2pix.report import write_report
-from fastpix2pix.train import choose_direction, main
+from fastpix2pix.train import main
 
 PAIRS = 7
 SMALL = ["--netG", "unet_32", "--crop_size", "32", "--load_size", "36", "--ngf", "4", "--ndf", "4"]
@@ -186,7 +186,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, dataroot, capfd, flags,
     ],
 )
 def test_direction_is_the_one_asked_for_or_the_customary_one(options, direction):
-    assert choose_direction(TrainConfig(**options)) == direction
+    assert TrainConfig(**options).resolved_direction() == direction
 
 
 def test_a_run_is_not_overwritten(tmp_path, dataroot, capsys):

@@ -15,23 +15,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_config
 from torch.func import functional_call
 
 import fastpix2pix
 from fastpix2pix import checkpoint, translate, translator
-from fastpix2pix.config import TrainConfig
 from fastpix2pix.errors import UserError
 from fastpix2pix.interop import junyanz, keras
 from fastpix2pix.models import UNetGenerator, build_networks
 
 SIZE = 32
-TINY = {"netG": "unet_32", "ngf": 4, "ndf": 4, "n_layers_D": 1, "load_size": 36, "crop_size": SIZE}
+NARROW = {"ngf": 4, "ndf": 4, "n_layers_D": 1}
 
 
 def save_checkpoint(folder: Path, step: int, **options) -> UNetGenerator:
     """Write the checkpoint of an untrained tiny network, biased so that its images are not all grey."""
-    config = TrainConfig(**{**TINY, "name": folder.name, "seed": step, **options})
-    generator, discriminator = build_networks(config, torch.device("cpu"))
+    config = tiny_config(**NARROW, name=folder.name, seed=step, **options)
+    generator, discriminator = build_networks(config.network_options())
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.mul_(3)

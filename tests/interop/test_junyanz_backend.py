@@ -14,10 +14,11 @@ from fake_graph import FakeGraphBackend, static_tensors
 from torch import nn
 
 from fastpix2pix.errors import UserError
-from fastpix2pix.graph import CapturedStep
-from fastpix2pix.interop import junyanz
+from fastpix2pix.interop.junyanz import __main__ as command
+from fastpix2pix.interop.junyanz import backend
 from fastpix2pix.kernels import cpu_conv
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
+from fastpix2pix.training.graph import CapturedStep
 
 # The form of 2020 steps its schedulers at the start of an epoch.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
@@ -45,7 +46,7 @@ def program(monkeypatch, tmp_path, capsys):
         if change is not None:
             change()
         if ours:
-            junyanz.install(precision)
+            backend.install(precision)
         capsys.readouterr()
         model = runpy.run_path(argv[0], run_name="__main__")["model"]
         return model, capsys.readouterr().out
@@ -153,7 +154,7 @@ def test_16_bits_keep_float32_files_and_images(program, tmp_path):
 
 def test_a_captured_step_behind_their_interface(program, tmp_path, monkeypatch, float64):
     """As on a GPU, with a fake graph in the place of its own: nothing that they read is overwritten."""
-    start_training = junyanz.AcceleratedPix2Pix._start_training
+    start_training = backend.AcceleratedPix2Pix._start_training
 
     def captured(self, *args):
         start_training(self, *args)
@@ -163,7 +164,7 @@ def test_a_captured_step_behind_their_interface(program, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(cpu_conv, "uses_tiles", lambda *args: False)
     expected = losses(program("--name", "eager")[1])
-    monkeypatch.setattr(junyanz.AcceleratedPix2Pix, "_start_training", captured)
+    monkeypatch.setattr(backend.AcceleratedPix2Pix, "_start_training", captured)
     model, output = program("--name", "captured")
     torch.testing.assert_close(losses(output), expected, rtol=1e-6, atol=0)
     assert len(model.run_step._backend.tapes) == 1
@@ -333,9 +334,9 @@ def test_command_runs_their_script(tmp_path):
 
 def test_a_missing_program_is_one_line(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="trian.py is not a file; give train.py or test.py"):
-        junyanz.main(["trian.py"])
+        command.main(["trian.py"])
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.split(".")[0] == "models"]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(UserError, match="models/pix2pix_model.py is not on sys.path"):
-        junyanz.install()
+        backend.install()

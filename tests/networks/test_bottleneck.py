@@ -2,23 +2,22 @@
 
 import pytest
 import torch
+from tiny import random_images, tiny_config
 
-from fastpix2pix.config import TrainConfig
-from fastpix2pix.models import Epilogue, build_networks
-from fastpix2pix.step import TrainStep
+from fastpix2pix.models import build_networks
+from fastpix2pix.models.blocks import Epilogue
+from fastpix2pix.training.step import TrainStep
 
 
 def trained(steps: int, **options) -> TrainStep:
-    config = TrainConfig(netG="unet_32", crop_size=32, load_size=32, ngf=8, ndf=8, **options)
-    generator, discriminator = build_networks(config, torch.device("cpu"))
+    config = tiny_config(**options)
+    generator, discriminator = build_networks(config.network_options())
     beta = generator.downs[-1].epilogue.bias
     if beta is not None:  # fresh it is 0, and what follows the bottleneck would never see it
         torch.nn.init.normal_(beta)
-    step = TrainStep(generator, discriminator, config)
-    random = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        images = torch.rand((2, config.batch_size, 3, 32, 32), generator=random) * 2 - 1
-        step(*(image.contiguous(memory_format=torch.channels_last) for image in images))
+    step = TrainStep(generator, discriminator, config.step_options())
+    for images in random_images(steps, config):
+        step(*images)
     return step
 
 
@@ -39,7 +38,7 @@ def test_every_number_is_that_of_the_whole_computation(options, monkeypatch):
 
 @pytest.mark.parametrize("batch_size, arrived", [(1, 0), (2, 1)])
 def test_no_gradient_is_computed_for_a_constant(batch_size, arrived):
-    generator, _ = build_networks(TrainConfig(netG="unet_32", ngf=8), torch.device("cpu"))
+    generator, _ = build_networks(tiny_config().network_options())
     arrivals = []
     generator.downs[-1].conv.weight.register_post_accumulate_grad_hook(arrivals.append)
     generator(torch.randn(batch_size, 3, 32, 32)).sum().backward()

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastpix2pix import config as config_module
-from fastpix2pix import models
-from fastpix2pix.config import TrainConfig
+from fastpix2pix import presets
 from fastpix2pix.interop import keras
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
-from fastpix2pix.step import TrainStep
+from fastpix2pix.training.options import StepOptions
+from fastpix2pix.training.step import TrainStep
 
 GENERATOR_ARRAYS = 73
 
@@ -129,7 +128,7 @@ def test_parameter_counts():
 def test_float64(tutorial):
     """What remains in outputs and gradients is the slope: Keras rounds 0.3 to float32."""
     check_outputs(tutorial, torch.float64, tutorial.float64, 1e-6)
-    step = TrainStep(*networks(tutorial, torch.float64), TrainConfig())
+    step = TrainStep(*networks(tutorial, torch.float64), StepOptions())
     check_losses(step, tutorial, torch.float64, tutorial.float64, [1e-6])
     check_gradients(tutorial, step, tutorial.float64, 1e-6)
     check_losses(step, tutorial, torch.float64, tutorial.float64, [1e-4] * 4, start=1)
@@ -138,7 +137,7 @@ def test_float64(tutorial):
 def test_float32(tutorial):
     check_outputs(tutorial, torch.float32, tutorial.float32, 1e-4)
     before = networks(tutorial, torch.float32)
-    step = TrainStep(*networks(tutorial, torch.float32), TrainConfig())
+    step = TrainStep(*networks(tutorial, torch.float32), StepOptions())
     check_losses(step, tutorial, torch.float32, tutorial.float32, [1e-5])
     check_gradients(tutorial, step, tutorial.float32, 1e-3)
     check_losses(step, tutorial, torch.float32, tutorial.float32, [1e-4, 3e-4, 3e-4, 3e-4], start=1)
@@ -151,7 +150,14 @@ def test_float32(tutorial):
                 assert change == pytest.approx(expected, rel=3e-2, abs=1e-12), name
 
 
-DIALECT_MUTATIONS = {
+def mutate(monkeypatch, **parts):
+    """Give the tutorial's preset other values in its ``parts``."""
+    preset = presets.PRESETS["tutorial"]
+    changed = {name: dataclasses.replace(getattr(preset, name), **values) for name, values in parts.items()}
+    monkeypatch.setitem(presets.PRESETS, "tutorial", dataclasses.replace(preset, **changed))
+
+
+ARCHITECTURE_MUTATIONS = {
     "slope 0.2": {"encoder_slope": 0.2, "skip_slope": 0.2, "bottleneck_slope": 0.2},
     "norm eps 1e-5": {"eps": 1e-5},
     "ReLU at the bottleneck": {"bottleneck_slope": 0.0},
@@ -160,10 +166,9 @@ DIALECT_MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("mutation", DIALECT_MUTATIONS)
+@pytest.mark.parametrize("mutation", ARCHITECTURE_MUTATIONS)
 def test_outputs_tell_another_network(tutorial, monkeypatch, mutation):
-    mutated = dataclasses.replace(models.DIALECTS["tutorial"], **DIALECT_MUTATIONS[mutation])
-    monkeypatch.setitem(models.DIALECTS, "tutorial", mutated)
+    mutate(monkeypatch, architecture=ARCHITECTURE_MUTATIONS[mutation])
     with pytest.raises(AssertionError):
         check_outputs(tutorial, torch.float32, tutorial.float32, 1e-2)
 
@@ -179,7 +184,7 @@ def test_outputs_tell_merged_discriminator_statistics(tutorial, monkeypatch):
         check_outputs(tutorial, torch.float32, tutorial.float32, 1e-2)
 
 
-RECIPE_MUTATIONS = {
+UPDATE_MUTATIONS = {
     "0.5 * disc loss": ({"disc_factor": 0.5}, {}),
     "D updated before G": ({"simultaneous": False}, {}),
     "beta1 0.9": ({}, {"beta1": 0.9}),
@@ -188,12 +193,11 @@ RECIPE_MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("mutation", RECIPE_MUTATIONS)
+@pytest.mark.parametrize("mutation", UPDATE_MUTATIONS)
 def test_losses_tell_another_rule(tutorial, monkeypatch, mutation):
-    recipe, options = RECIPE_MUTATIONS[mutation]
-    mutated = dataclasses.replace(config_module.RECIPES["tutorial"], **recipe)
-    monkeypatch.setitem(config_module.RECIPES, "tutorial", mutated)
-    step = TrainStep(*networks(tutorial, torch.float32), TrainConfig(**options))
+    rule, options = UPDATE_MUTATIONS[mutation]
+    mutate(monkeypatch, update=rule)
+    step = TrainStep(*networks(tutorial, torch.float32), StepOptions(**options))
     with pytest.raises(AssertionError):
         check_losses(step, tutorial, torch.float32, tutorial.float32, [1e-5, 1e-4, 3e-4])
 

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from fastpix2pix.config import TrainConfig
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
-from fastpix2pix.step import TrainStep
+from fastpix2pix.training.options import StepOptions
+from fastpix2pix.training.step import TrainStep
 
 DOWNS, NGF, NDF, SIZE = 6, 4, 4, 64
 
@@ -104,7 +104,7 @@ def plain_step(generator, discriminator, optimizers, source, target):
 
 def test_three_alternating_steps_equal_plain_pytorch():
     ours, plain, tensors = make_pair()
-    step = TrainStep(*ours, TrainConfig(preset="junyanz"))
+    step = TrainStep(*ours, StepOptions(preset="junyanz"))
     optimizers = [torch.optim.Adam(m.parameters(), lr=2e-4, betas=(0.5, 0.999)) for m in plain]
     for i in range(3):
         source, target = (torch.rand(2, 3, SIZE, SIZE, dtype=torch.float64) * 2 - 1 for _ in range(2))

@@ -7,13 +7,13 @@ from fastpix2pix import selfcheck
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.data import open_loader
 from fastpix2pix.doctor import CHECKS
-from fastpix2pix.graph import AsyncHostCopy, CapturedStep, CudaBackend, set_float32_math
 from fastpix2pix.kernels import launch
 from fastpix2pix.models import build_networks
-from fastpix2pix.precision import WORKING_TYPES, choose_precision
-from fastpix2pix.selfcheck import TOLERANCE, disagreement, random_pairs
-from fastpix2pix.step import TrainStep
 from fastpix2pix.train import main
+from fastpix2pix.training.graph import AsyncHostCopy, CapturedStep, CudaBackend, set_float32_math
+from fastpix2pix.training.precision import WORKING_TYPES, choose_precision
+from fastpix2pix.training.selfcheck import TOLERANCE, disagreement, random_pairs
+from fastpix2pix.training.step import TrainStep
 
 pytestmark = pytest.mark.gpu
 PRECISIONS = ["bf16", "fp16", "tf32", "fp32"]

@@ -1,7 +1,9 @@
 """The captured step, on a fake graph: what replays must equal eager steps, and faults must show."""
 
 import contextlib
+import gc
 import warnings
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,12 +11,12 @@ import pytest
 import torch
 from fake_graph import CaptureRefused, FakeGraphBackend, static_tensors
 
-from fastpix2pix import graph, step
-from fastpix2pix.config import TrainConfig
-from fastpix2pix.graph import CapturedStep
 from fastpix2pix.kernels import cpu_conv
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
-from fastpix2pix.step import TrainStep
+from fastpix2pix.training import graph, step
+from fastpix2pix.training.graph import CapturedStep
+from fastpix2pix.training.options import StepOptions
+from fastpix2pix.training.step import TrainStep
 
 FOREIGN = torch.ones(1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,7 +33,7 @@ def small_step(preset="tutorial", precision="fp32", *, ngf=8, num_downs=6, seed=
         UNetGenerator(preset, ngf=ngf, num_downs=num_downs, seed=3),
         PatchDiscriminator(preset, ndf=ngf),
     )
-    train_step = TrainStep(*networks, TrainConfig(preset=preset, precision=precision, **options))
+    train_step = TrainStep(*networks, StepOptions(preset=preset, precision=precision, **options))
     if train_step.loss_scale is not None:
         train_step.loss_scale.scale.fill_(2.0**8)  # at the initial 2**16 the first steps would be skipped
     return train_step
@@ -263,62 +265,82 @@ def test_large_weights_updated_early_end_where_they_would_all_at_once(monkeypatc
 
 
 class RecordingCuda:
-    """Stands in for ``torch.cuda`` in graph.py and notes what is asked of it, in order."""
+    """Stands in for ``torch.cuda`` in graph.py and notes what is asked of it, in order.
 
-    def __init__(self):
+    Every stream and wait has to name the device: without one, they are those of the current GPU.
+    """
+
+    def __init__(self, ending_fails: bool = False):
         self.calls = []
-        self.current = "default"
+        self.ending_fails = ending_fails
         cuda = self
 
         class Stream:
-            name = "side"
+            def __init__(self, device, name="side"):
+                self.device, self.name = device, name
 
             def wait_stream(self, other):
-                cuda.calls.append(f"side waits for {other.name}")
-
-        class Default:
-            name = "default"
-
-            def wait_stream(self, other):
-                cuda.calls.append(f"default waits for {other.name}")
+                cuda.calls.append(f"{self.name} waits for {other.name}")
 
         class CUDAGraph:
             def replay(self):
                 cuda.calls.append("replay")
 
-        self.Stream, self.CUDAGraph, self._default = Stream, CUDAGraph, Default()
+        self.Stream, self.CUDAGraph = Stream, CUDAGraph
+        self.current = Stream(GPU, "default")
 
-    def current_stream(self):
-        return self._default
+    def current_stream(self, device):
+        assert device == GPU
+        return self.current
 
-    def synchronize(self):
+    def set_stream(self, stream):
+        self.current = stream
+
+    def synchronize(self, device):
+        assert device == GPU
         self.calls.append("synchronize")
 
     @contextlib.contextmanager
     def stream(self, stream):
-        self.current, previous = stream.name, self.current
+        self.current, previous = stream, self.current
         yield
         self.current = previous
 
     @contextlib.contextmanager
     def graph(self, graph, *, stream, capture_error_mode):
+        """As torch's own: where ending the capture raises, the stream that was current is not restored."""
+        assert stream.device == GPU
         self.calls.append(f"begin capture on {stream.name}, {capture_error_mode}")
-        with self.stream(stream):
-            yield
+        self.current, previous = stream, self.current
+        yield
+        if self.ending_fails:
+            raise torch.AcceleratorError("operation failed due to a previous error during capture")
+        self.current = previous
         self.calls.append("end capture")
+
+
+GPU = torch.device("cuda:1")
+
+
+def on_recording_cuda(monkeypatch, cuda: RecordingCuda) -> tuple[TrainStep, CapturedStep]:
+    stand_in = SimpleNamespace(cuda=cuda, preserve_format=torch.preserve_format)
+    monkeypatch.setattr(graph, "torch", stand_in)
+    monkeypatch.setattr(graph.CudaBackend, "failure", None)
+    train_step = small_step(num_downs=5, ngf=4)
+    return train_step, CapturedStep(train_step, graph.CudaBackend(GPU))
 
 
 def test_order_of_calls_to_cuda(monkeypatch):
     cuda = RecordingCuda()
-    monkeypatch.setattr(graph, "torch", SimpleNamespace(cuda=cuda, preserve_format=torch.preserve_format))
-    train_step = small_step(num_downs=5, ngf=4)
+    train_step, captured = on_recording_cuda(monkeypatch, cuda)
     body = train_step.body
     monkeypatch.setattr(
-        train_step, "body", lambda *images: cuda.calls.append(f"body on {cuda.current}") or body(*images)
+        train_step,
+        "body",
+        lambda *images: cuda.calls.append(f"body on {cuda.current.name}") or body(*images),
     )
     restore = graph.restore
     monkeypatch.setattr(graph, "restore", lambda *a: cuda.calls.append("restore") or restore(*a))
-    captured = CapturedStep(train_step)
     inputs = next(pairs(1, size=32))
     captured(*inputs)
     captured(*inputs)
@@ -334,3 +356,50 @@ def test_order_of_calls_to_cuda(monkeypatch):
         "replay",
         "replay",
     ]
+    assert captured.failure is None
+
+
+def test_a_failed_capture_restores_the_stream_and_is_the_last_of_the_process(monkeypatch):
+    cuda = RecordingCuda(ending_fails=True)
+    train_step, captured = on_recording_cuda(monkeypatch, cuda)
+    (inputs,) = pairs(1, size=32)
+    with pytest.warns(RuntimeWarning, match="operation failed due to a previous error during capture"):
+        captured(*inputs)
+    assert cuda.current.name == "default"
+    assert captured.failure.startswith("operation failed")
+    begun = cuda.calls.count("begin capture on side, thread_local")
+    other = CapturedStep(train_step, graph.CudaBackend(GPU))
+    with pytest.warns(RuntimeWarning, match="an earlier capture failed: operation failed"):
+        other(*inputs)
+    assert cuda.calls.count("begin capture on side, thread_local") == begun
+
+
+def test_a_warm_up_that_fails_is_no_failed_capture(monkeypatch):
+    """The eager step would fail in the same way: it is for the self-check to give up the kernels."""
+    train_step = small_step(num_downs=5, ngf=4)
+    before = [tensor.clone() for tensor in train_step.state()]
+    captured = with_fake_graph(train_step)
+    update = TrainStep._update
+
+    def failing(self, *paths):
+        update(self, *paths)
+        raise OSError("no C compiler")
+
+    monkeypatch.setattr(TrainStep, "_update", failing)
+    with pytest.raises(OSError, match="no C compiler"):
+        captured(*next(pairs(1, size=32)))
+    assert captured.failure is None
+    for tensor, value in zip(train_step.state(), before, strict=True):
+        assert torch.equal(tensor, value)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_a_dropped_step_is_freed(precision):
+    """Hooks of its weights refer to it weakly; autograd's own references to them are no Python cycle."""
+    train_step = small_step(num_downs=5, ngf=32, precision=precision)
+    assert any(p.numel() >= step.LARGE for p in train_step.generator.parameters())
+    train_step(*next(pairs(1, precision, size=32)))
+    gone = [weakref.ref(x) for x in (train_step, train_step.generator, train_step.gen_optimizer)]
+    del train_step
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3

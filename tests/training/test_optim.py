@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpix2pix.kernels import adam
-from fastpix2pix.optim import LossScale, MasterAdam
+from fastpix2pix.training.optim import LossScale, MasterAdam
 
 
 def network(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:

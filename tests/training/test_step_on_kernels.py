@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from fastpix2pix.config import TrainConfig
 from fastpix2pix.kernels import launch
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
-from fastpix2pix.step import TrainStep
+from fastpix2pix.training.options import StepOptions
+from fastpix2pix.training.step import TrainStep
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Relative bounds of a loss, and of the largest change of a weight (Adam divides gradients that are mostly
@@ -19,7 +19,7 @@ def run(preset: str, precision: str, *, steps: int, size: int, num_downs: int, n
     torch.manual_seed(2)
     networks = UNetGenerator(preset, ngf=ngf, num_downs=num_downs), PatchDiscriminator(preset, ndf=ngf)
     before = [p.detach().clone() for network in networks for p in network.parameters()]
-    step = TrainStep(*networks, TrainConfig(preset=preset, precision=precision))
+    step = TrainStep(*networks, StepOptions(preset=preset, precision=precision))
     if step.loss_scale is not None:
         step.loss_scale.scale.fill_(2.0**8)  # at the initial 2**16 both sides would skip the update
     losses = []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpix2pix.data import catalog
+from fastpix2pix.data import catalog, download
 from fastpix2pix.data.__main__ import main
 from fastpix2pix.errors import UserError
 
@@ -145,7 +145,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_download_brings_every_pair_and_records_the_hash(server, tmp_path):
     folder = tmp_path / "deep" / "data sets"
-    assert catalog.fetch_dataset("facades", folder) == folder / "facades"
+    assert download.fetch_dataset("facades", folder) == folder / "facades"
     record = f"{hashlib.sha256(GOOD).hexdigest()}  facades.tar.gz\n".encode()
     assert contents(folder) == PAIRS | {"facades.tar.gz.sha256": record}
 
@@ -153,28 +153,28 @@ def test_download_brings_every_pair_and_records_the_hash(server, tmp_path):
 def test_present_data_set_is_left_alone(server, tmp_path):
     (tmp_path / "facades" / "train").mkdir(parents=True)
     tmp_path.chmod(0o500)
-    assert catalog.fetch_dataset("facades", tmp_path) == tmp_path / "facades"
+    assert download.fetch_dataset("facades", tmp_path) == tmp_path / "facades"
     assert server.requests == 0
     assert not (tmp_path / ".facades.lock").exists()
 
 
 def test_archive_put_there_by_hand_is_used_and_kept(server, tmp_path):
     (tmp_path / "facades.tar.gz").write_bytes(GOOD)
-    catalog.fetch_dataset("facades", tmp_path)
+    download.fetch_dataset("facades", tmp_path)
     assert server.requests == 0
     assert contents(tmp_path).items() >= (PAIRS | {"facades.tar.gz": GOOD}).items()
 
 
 def test_archive_that_changed_since_its_first_use_is_refused(server, tmp_path):
-    catalog.fetch_dataset("facades", tmp_path)
+    download.fetch_dataset("facades", tmp_path)
     shutil.rmtree(tmp_path / "facades")
     before = contents(tmp_path)
     server.say(tar_gz(*PAIRS.items(), ("facades/train/9.jpg", b"planted")))
     with pytest.raises(UserError, match=f"not the one in {tmp_path}/facades.tar.gz.sha256"):
-        catalog.fetch_dataset("facades", tmp_path)
+        download.fetch_dataset("facades", tmp_path)
     assert contents(tmp_path) == before
     server.say(GOOD)
-    catalog.fetch_dataset("facades", tmp_path)
+    download.fetch_dataset("facades", tmp_path)
     assert contents(tmp_path) == PAIRS | before
 
 
@@ -192,7 +192,7 @@ def test_only_pairs_are_unpacked_and_only_their_bytes(server, tmp_path):
             ("facades/train/deep/1.jpg", b"x"),
         )
     )
-    catalog.fetch_dataset("facades", tmp_path)
+    download.fetch_dataset("facades", tmp_path)
     found = contents(tmp_path / "facades")
     assert set(found) == {name.removeprefix("facades/") for name in PAIRS} | {"train/setuid.jpg"}
     status = (tmp_path / "facades/train/setuid.jpg").stat()
@@ -266,20 +266,20 @@ def test_hostile_archive_leaves_nothing(server, tmp_path, monkeypatch, capsys, a
 def test_failed_download_says_why_and_leaves_nothing(server, tmp_path, monkeypatch, answer, reason):
     small = dataclasses.replace(catalog.DATASETS["facades"], mebibytes=1)
     monkeypatch.setitem(catalog.DATASETS, "facades", small)
-    monkeypatch.setattr(catalog, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.2)
     server.say(**answer)
     with pytest.raises(UserError, match=f"facades.tar.gz {reason}; .* into {tmp_path} by hand$"):
-        catalog.fetch_dataset("facades", tmp_path)
+        download.fetch_dataset("facades", tmp_path)
     assert contents(tmp_path) == {}
     server.say(GOOD)
-    catalog.fetch_dataset("facades", tmp_path)
+    download.fetch_dataset("facades", tmp_path)
     assert contents(tmp_path / "facades") == {k.removeprefix("facades/"): v for k, v in PAIRS.items()}
 
 
 def test_slow_but_steady_server_is_waited_for(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(catalog, "STALL_SECONDS", 2.0)
+    monkeypatch.setattr(download, "STALL_SECONDS", 2.0)
     server.say(GOOD, pause=0.3)
-    catalog.fetch_dataset("facades", tmp_path)
+    download.fetch_dataset("facades", tmp_path)
     assert (tmp_path / "facades/train/0.jpg").read_bytes() == PAIRS["facades/train/0.jpg"]
 
 
@@ -288,7 +288,7 @@ def test_bytes_are_counted_however_they_come(server, tmp_path, monkeypatch):
     small = dataclasses.replace(catalog.DATASETS["facades"], mebibytes=1)
     monkeypatch.setitem(catalog.DATASETS, "facades", small)
     server.say_in_pieces(GOOD, 2)
-    catalog.fetch_dataset("facades", tmp_path)
+    download.fetch_dataset("facades", tmp_path)
     assert contents(tmp_path / "facades") == {k.removeprefix("facades/"): v for k, v in PAIRS.items()}
 
 
@@ -296,14 +296,14 @@ def test_offline_message_says_where_to_put_the_files(tmp_path, monkeypatch):
     monkeypatch.setattr(catalog, "BASE_URL", "http://127.0.0.1:1")
     where = rf"cannot be reached; .*facades.tar.gz \(29 MiB\).* into {tmp_path} by hand"
     with pytest.raises(UserError, match=where):
-        catalog.fetch_dataset("facades", tmp_path)
+        download.fetch_dataset("facades", tmp_path)
 
 
 def test_killed_process_leaves_no_half_data_set(server, tmp_path):
     """Kill a process in the middle of unpacking; the next call starts clean and completes."""
     program = f"""
 import shutil, time
-from fastpix2pix.data import catalog
+from fastpix2pix.data import catalog, download
 from fastpix2pix.data.__main__ import main
 catalog.BASE_URL = {catalog.BASE_URL!r}
 copy, count = shutil.copyfileobj, []
@@ -314,7 +314,7 @@ def slow(*files):
         print("two files written", flush=True)
         time.sleep(60)
 shutil.copyfileobj = slow
-catalog.fetch_dataset("facades", {str(tmp_path)!r})
+download.fetch_dataset("facades", {str(tmp_path)!r})
 """
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -324,14 +324,14 @@ catalog.fetch_dataset("facades", {str(tmp_path)!r})
     process.wait()
     assert not (tmp_path / "facades").exists()
     assert len([*tmp_path.glob(".facades.partial/facades/train/*")]) == 2
-    catalog.fetch_dataset("facades", tmp_path)
+    download.fetch_dataset("facades", tmp_path)
     assert {k for k in contents(tmp_path) if "sha256" not in k} == set(PAIRS)
 
 
 def test_processes_that_ask_together_share_one_download(server, tmp_path):
     server.say(GOOD, pause=0.3)
     with ThreadPoolExecutor(4) as pool:
-        found = [*pool.map(lambda _: catalog.fetch_dataset("facades", tmp_path), range(4))]
+        found = [*pool.map(lambda _: download.fetch_dataset("facades", tmp_path), range(4))]
     assert found == [tmp_path / "facades"] * 4
     assert server.requests == 1
 
@@ -347,17 +347,17 @@ def test_processes_that_ask_together_share_one_download(server, tmp_path):
 )
 def test_unknown_name(tmp_path, name, hint):
     with pytest.raises(UserError, match=hint):
-        catalog.fetch_dataset(name, tmp_path / "never")
+        download.fetch_dataset(name, tmp_path / "never")
     assert [*tmp_path.iterdir()] == []
 
 
 def test_folder_that_cannot_be_used(server, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose a folder with room to write"):
-        catalog.fetch_dataset("facades", tmp_path / "file" / "datasets")
+        download.fetch_dataset("facades", tmp_path / "file" / "datasets")
     (tmp_path / "facades").mkdir()
     with pytest.raises(UserError, match="no train folder; remove"):
-        catalog.fetch_dataset("facades", tmp_path)
+        download.fetch_dataset("facades", tmp_path)
 
 
 def test_full_disk_is_named(server, tmp_path, monkeypatch):
@@ -366,7 +366,7 @@ def test_full_disk_is_named(server, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "copyfileobj", full)
     with pytest.raises(UserError, match="No space left on device; choose a folder with room"):
-        catalog.fetch_dataset("facades", tmp_path)
+        download.fetch_dataset("facades", tmp_path)
     assert contents(tmp_path) == {}
 
 

@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 from fastpix2pix.kernels import adam
 from fastpix2pix.kernels.adam import AdamClock, AdamForm
 from fastpix2pix.kernels.reference import compute_dtype
+from fastpix2pix.presets import PRESETS
+
+TUTORIAL = PRESETS["tutorial"].update
 
 
 class LossScale:
@@ -83,8 +86,8 @@ class MasterAdam(Optimizer):
         params: Iterable[Any],
         lr: float = 2e-4,
         betas: tuple[float, float] = (0.5, 0.999),
-        eps: float = 1e-7,
-        keras_eps: bool = True,
+        eps: float = TUTORIAL.adam_eps,
+        keras_eps: bool = TUTORIAL.keras_eps,
         *,
         loss_scale: LossScale | None = None,
     ):

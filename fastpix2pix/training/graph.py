@@ -1,6 +1,6 @@
 """The only file that knows CUDA graphs: warm up, restore, capture, replay, fall back.
 
-It is also where the other lines live that only a GPU runs: precision switches and asynchronous reading.
+Asynchronous copies to the host live here too, the other thing that only a GPU does.
 """
 
 import warnings
@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastpix2pix.step import Losses, TrainStep
+from fastpix2pix.training.losses import Losses
+from fastpix2pix.training.step import TrainStep
 
 # Warm-up steps: cuDNN chooses its algorithms and Triton compiles in the first, the allocator's pools settle
 # in the second; PyTorch's own recipe (docs, "CUDA semantics", "Whole-network capture") has three.
@@ -19,7 +20,12 @@ WARM_UP_STEPS = 3
 
 
 class Backend(Protocol):
-    """What captures: CUDA, or what stands in for it in the tests."""
+    """What captures: CUDA, or what stands in for it in the tests.
+
+    failure: why a capture failed in this process, after which no other is tried; None as long as none did.
+    """
+
+    failure: str | None
 
     def warm_up(self, body: Callable[[], None], times: int) -> None:
         """Run ``body`` as it will be captured."""
@@ -31,22 +37,32 @@ class Backend(Protocol):
 class CudaBackend:
     """``torch.cuda`` graphs. One side stream serves warm-up and capture, as autograd remembers streams."""
 
-    def __init__(self):
-        self.stream = torch.cuda.Stream()
+    failure: str | None = None  # of the class: after a failed capture the allocator is not to be trusted
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
 
     def warm_up(self, body: Callable[[], None], times: int) -> None:
-        self.stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             for _ in range(times):
                 body()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        torch.cuda.synchronize()
+        current.wait_stream(self.stream)
+        torch.cuda.synchronize(self.device)
 
     def capture(self, body: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: DALI and pinned-memory threads may call CUDA while this thread captures.
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            body()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            # thread_local: DALI and pinned-memory threads may call CUDA while this thread captures.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                body()
+        except Exception as error:
+            CudaBackend.failure = first_line(error)
+            raise
+        finally:
+            torch.cuda.set_stream(current)  # where ending the capture raises, the side stream stays current
         return graph.replay
 
 
@@ -62,22 +78,21 @@ class _Captured(NamedTuple):
 class CapturedStep:
     """A ``TrainStep`` whose body is captured once for each shape of its inputs, then only replayed.
 
-    Called as the step itself is. When a capture fails, warns once and runs the step eagerly from then on.
+    Called as the step itself is. A capture that fails, for whatever reason, is tried only once a process:
+    from then on the step runs eagerly. ``failure`` says why, and is None as long as all is captured.
     """
 
     def __init__(self, step: TrainStep, backend: Backend | None = None):
         self.step = step
-        self._backend = CudaBackend() if backend is None else backend
+        self._backend = CudaBackend(step.ring.rows.device) if backend is None else backend
         self._captured: dict[tuple, _Captured] = {}
-        self._eager = False
+        self.failure: str | None = None
 
     def __call__(self, source: Tensor, target: Tensor) -> Losses:
-        key = (source.shape, source.dtype, target.shape, target.dtype)
-        if key not in self._captured and not self._eager:
-            self._try_to_capture(key, source, target)
-        if self._eager:
+        self.capture(source, target)
+        if self.failure is not None:
             return self.step(source, target)
-        captured = self._captured[key]
+        captured = self._captured[_key(source, target)]
         captured.source.copy_(source, non_blocking=True)
         captured.target.copy_(target, non_blocking=True)
         self.step.upload_lr()
@@ -85,27 +100,52 @@ class CapturedStep:
         self.step.fake = captured.fake
         return self.step.stepped()
 
-    def _try_to_capture(self, key: tuple, source: Tensor, target: Tensor) -> None:
+    def capture(self, source: Tensor, target: Tensor) -> None:
+        """Capture the step for inputs like these, unless that is done; the step's state stays as it was.
+
+        Warns once where the capture fails. What fails in the warm-up, before any capture, is raised: the
+        eager step would fail in the same way.
+        """
+        key = _key(source, target)
+        if key in self._captured or self.failure is not None:
+            return
+        if self._backend.failure is not None:
+            self._give_up(f"an earlier capture failed: {self._backend.failure}")
+            return
         self.step.upload_lr()  # first, so that what is restored below is the rate that counts as uploaded
         before = [tensor.clone() for tensor in self.step.state()]
         slots = [image.clone(memory_format=torch.preserve_format) for image in (source, target)]
         body = partial(self.step.body, *slots)
         try:
             self._backend.warm_up(body, WARM_UP_STEPS)
-            replay = self._backend.capture(body)
-            self._captured[key] = _Captured(replay, *slots, self.step.fake)
-        except RuntimeError as error:
-            self._eager = True
-            self._captured.clear()
-            self.step.forget_gradients()
-            warnings.warn(
-                f"the step could not be captured in a CUDA graph and runs without, slower: {error}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            try:
+                replay = self._backend.capture(body)
+            except Exception as error:  # of CUDA, Triton, the allocator, or a library's own: all mean eager
+                self._give_up(first_line(error))
+            else:
+                self._captured[key] = _Captured(replay, *slots, self.step.fake)
         finally:
+            self.step.forget_gradients()
             # Warm-up steps were real ones; training starts from where they began.
             restore(self.step.state(), before)
+
+    def _give_up(self, reason: str) -> None:
+        self.failure = reason
+        self._captured.clear()
+        warnings.warn(
+            f"the step could not be captured in a CUDA graph and runs without, slower: {reason}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _key(source: Tensor, target: Tensor) -> tuple:
+    return source.shape, source.dtype, target.shape, target.dtype
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def restore(state: Iterable[Tensor], values: Iterable[Tensor]) -> None:
@@ -125,7 +165,7 @@ class AsyncHostCopy:
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._host.copy_(tensor, non_blocking=True)
         self._event = torch.cuda.Event()
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(tensor.device))
 
     def ready(self) -> bool:
         return self._event is None or self._event.query()
@@ -134,10 +174,3 @@ class AsyncHostCopy:
         if self._event is not None:
             self._event.synchronize()
         return self._host
-
-
-def set_float32_math(precision: str) -> None:
-    """Let float32 convolutions use tf32 tensor cores for precision "tf32" alone; search for the best ones."""
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.benchmark = True

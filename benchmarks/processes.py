@@ -1,4 +1,4 @@
-"""Contenders race: each in a process of its own, as people run it, with its own memory and settings."""
+"""Variants timed in turns: each in a process of its own, as people run it, with its memory and settings."""
 
 import multiprocessing
 from collections.abc import Sequence
@@ -7,22 +7,22 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from benchmarks.contenders import Contender, Entrant
 from benchmarks.timing import Seconds, interleaved, timed
-from fastpix2pix.config import TrainConfig
+from benchmarks.variants import RunningVariant, StepVariant
+from benchmarks.workload import Workload
 
 WARM_UP_STEPS = 3
 STEPS_ON_GPU = 20  # timed together
 
 
-class Racer:
-    """An ``Entrant`` in a process of its own, warmed up."""
+class VariantProcess:
+    """An ``RunningVariant`` in a process of its own, warmed up."""
 
-    def __init__(self, contender: Contender, config: TrainConfig, device: torch.device):
+    def __init__(self, variant: StepVariant, workload: Workload, device: torch.device):
         spawn = multiprocessing.get_context("spawn")
-        self._name = contender.name
+        self._name = variant.name
         self._connection, theirs = spawn.Pipe()
-        arguments = theirs, contender, config, device, torch.get_num_threads()
+        arguments = theirs, variant, workload, device, torch.get_num_threads()
         spawn.Process(target=_take_turns, args=arguments).start()
         theirs.close()
         self.turn()  # so that it is warm before the next one starts
@@ -41,27 +41,27 @@ class Racer:
 
 
 def _take_turns(
-    connection: Connection, contender: Contender, config: TrainConfig, device: torch.device, threads: int
+    connection: Connection, variant: StepVariant, workload: Workload, device: torch.device, threads: int
 ) -> None:
     torch.set_num_threads(threads)
-    entrant = Entrant(contender, config, device)
+    running = RunningVariant(variant, workload, device)
     for _ in range(WARM_UP_STEPS):
-        entrant.step()
+        running.step()
     while True:
         try:
             connection.recv()
         except EOFError:
             return
-        connection.send(timed(entrant.step, STEPS_ON_GPU if device.type == "cuda" else 1))
+        connection.send(timed(running.step, STEPS_ON_GPU if device.type == "cuda" else 1))
 
 
-def race(
-    contenders: Sequence[Contender], config: TrainConfig, device: torch.device, rounds: int
+def time_in_turns(
+    variants: Sequence[StepVariant], workload: Workload, device: torch.device, rounds: int
 ) -> dict[str, list[Seconds]]:
-    """What a step takes each contender, in every round. RuntimeError names one that can't run."""
+    """What a step takes each variant, in every round. RuntimeError names one that can't run."""
     with ExitStack() as stack:
-        racers = {
-            contender.name: stack.enter_context(closing(Racer(contender, config, device)))
-            for contender in contenders
+        processes = {
+            variant.name: stack.enter_context(closing(VariantProcess(variant, workload, device)))
+            for variant in variants
         }
-        return interleaved({name: racer.turn for name, racer in racers.items()}, rounds)
+        return interleaved({name: process.turn for name, process in processes.items()}, rounds)

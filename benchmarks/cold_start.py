@@ -1,6 +1,6 @@
-"""One contender in a process of its own: when its first step is done, and how much memory it takes.
+"""One variant in a process of its own: when its first step is done, and how much memory it takes.
 
-    python -m benchmarks.alone "tuned PyTorch"
+    python -m benchmarks.cold_start "tuned PyTorch"
 
 Prints JSON: seconds from the start of this program, without Python's own, to the imports' end and to the
 losses of the first step; peak memory after three steps in MB, on a GPU PyTorch's there, else the process's
@@ -18,9 +18,9 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 
-from benchmarks.contenders import Entrant, field  # noqa: E402
 from benchmarks.timing import clock  # noqa: E402
-from fastpix2pix.config import TrainConfig  # noqa: E402
+from benchmarks.variants import RunningVariant, all_variants  # noqa: E402
+from benchmarks.workload import Workload  # noqa: E402
 
 STEPS = 3
 
@@ -39,12 +39,12 @@ def main(name: str) -> None:
     imported = clock()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = 0 if device.type == "cuda" else _resident_peak()
-    contender = next(one for one in field(device, compiled=True) if one.name == name)
-    entrant = Entrant(contender, TrainConfig(), device)
-    entrant.step()
+    variant = next(one for one in all_variants(device, compiled=True) if one.name == name)
+    running = RunningVariant(variant, Workload(), device)
+    running.step()
     first = clock()
     for _ in range(STEPS - 1):
-        entrant.step()
+        running.step()
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident_peak()
     answer = {
         "imports_s": imported - BEGAN,

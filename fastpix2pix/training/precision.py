@@ -1,4 +1,4 @@
-"""Which type the networks compute in."""
+"""Which type the networks compute in, and how float32 is computed."""
 
 import statistics
 import time
@@ -51,3 +51,29 @@ def bf16_speedup() -> float:
             taken.append(time.perf_counter() - began)
     fp32, bf16 = (statistics.median(taken) for taken in seconds.values())
     return fp32 / bf16
+
+
+# PyTorch 2.9 has a second interface to tf32 (``fp32_precision``) beside ``allow_tf32``. Reading the older one
+# after somebody has set only the newer raises RuntimeError, so both are set, and the newer one is read.
+
+
+def _has_fp32_precision() -> bool:
+    return hasattr(torch.backends.cudnn, "conv")
+
+
+def set_float32_math(precision: str) -> None:
+    """Let float32 convolutions use tf32 tensor cores for precision "tf32" alone; search for the best ones."""
+    tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    if _has_fp32_precision():
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+    torch.backends.cudnn.benchmark = True
+
+
+def float32_convolutions_use_tf32() -> bool:
+    """What this process has set for float32 convolutions on a GPU, through whichever interface."""
+    if _has_fp32_precision():
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.allow_tf32

@@ -1,0 +1,136 @@
+"""The parts of both networks: a convolution with its fused epilogue, and the joint of a skip connection."""
+
+import torch
+from torch import Tensor, nn
+
+from fastpix2pix.kernels.cpu_conv import conv2d, conv_transpose2d
+from fastpix2pix.kernels.norm_act import norm_act
+from fastpix2pix.kernels.reference import NormActConfig
+from fastpix2pix.presets import Architecture
+
+KERNEL_SIZE = 4
+INIT_STD = 0.02
+
+
+class Epilogue(nn.Module):
+    """What follows a convolution: normalisation, dropout and activation in one op (``kernels.norm_act``).
+
+    ``norm`` is "batch" (affine, running statistics), "instance" (neither) or None (then ``bias`` is the
+    convolution's, added here). Parameters and running statistics stay in float32 in a 16-bit network.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        norm: str | None,
+        architecture: Architecture,
+        *,
+        slope: float,
+        skip_slope: float | None = None,
+        dropout: float = 0.0,
+        layer: int = 0,
+        bias: bool = False,
+    ):
+        super().__init__()
+        self.norm = norm
+        self.config = NormActConfig(
+            norm=norm is not None,
+            eps=architecture.eps,
+            momentum=architecture.momentum,
+            unbiased=architecture.unbiased,
+            slope=slope,
+            skip_slope=skip_slope,
+            dropout=dropout,
+            layer=layer,
+        )
+        affine = norm == "batch"
+        self.weight = nn.Parameter(1 + architecture.gamma_std * torch.randn(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine or bias else None
+        self.register_buffer("running_mean", torch.zeros(channels) if affine else None)
+        self.register_buffer("running_var", torch.ones(channels) if affine else None)
+
+    def configured(self, batch: int, parts: int = 1) -> NormActConfig:
+        """The op's configuration for ``batch`` images that are ``parts`` separate batches side by side."""
+        # Without running statistics, instance norm normalises by the image itself in evaluation too.
+        training = self.training or self.norm == "instance"
+        return self.config._replace(
+            training=training,
+            groups=batch if self.norm == "instance" else parts,
+            dropout=self.config.dropout if self.training else 0.0,
+        )
+
+    def ignores(self, n: int, height: int, width: int) -> bool:
+        """Whether the results are the same for any (n, C, height, width) that comes in.
+
+        Each statistic is then taken of a single value, and normalising a value by itself leaves nothing.
+        """
+        config = self.configured(n)
+        return config.norm and config.training and n * height * width == config.groups
+
+    def forward(
+        self, x: Tensor, rng: Tensor | None = None, out: Tensor | None = None, skip_out: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(N, C, H, W) to the same, or to (y, skip) where the block feeds a skip connection."""
+        return norm_act(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            config=self.configured(x.shape[0]),
+            rng=rng,
+            out=out,
+            skip_out=skip_out,
+        )
+
+
+class Block(nn.Module):
+    """A convolution and its epilogue. Normalised convolutions have a bias with instance norm only."""
+
+    def __init__(self, conv: nn.Conv2d | nn.ConvTranspose2d, epilogue: Epilogue):
+        super().__init__()
+        self.conv = conv
+        self.epilogue = epilogue
+
+    def forward(self, x: Tensor, *memory: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        return self.epilogue(self.convolve(x), *memory)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The convolution alone."""
+        conv = self.conv
+        if isinstance(conv, nn.ConvTranspose2d):
+            return conv_transpose2d(x, conv.weight, conv.bias)
+        return conv2d(x, conv.weight, conv.bias, stride=conv.stride[0])
+
+
+def set_working_type(network: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the convolutions of one of our networks to ``dtype``, in place.
+
+    What an epilogue adds in float32 stays there: normalisation, its statistics, the last layer's bias.
+    """
+    for block in network.modules():
+        if isinstance(block, Block):
+            block.conv.to(dtype)
+    network.last.weight.data = network.last.weight.data.to(dtype)
+
+
+def initialise(module: nn.Module) -> None:
+    """Weights from N(0, 0.02), biases zero (Isola et al., section 6.2; both references)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.normal_(layer.weight, 0.0, INIT_STD)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+class Join(torch.autograd.Function):
+    """Two tensors that already lie side by side in ``buffer``, as one tensor: torch.cat without the copy."""
+
+    @staticmethod
+    def forward(ctx, first, second, buffer_holder):
+        ctx.split = first.shape[1]
+        return buffer_holder[0].detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient[:, : ctx.split], gradient[:, ctx.split :], None

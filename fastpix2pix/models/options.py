@@ -1,0 +1,54 @@
+"""What two networks are built from, as plain values."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from fastpix2pix.errors import UserError
+from fastpix2pix.presets import PresetName, find_preset
+
+GeneratorName = Literal["unet_32", "unet_64", "unet_128", "unet_256", "unet_512"]
+Norm = Literal["batch", "instance"]
+
+GENERATOR_DEPTHS = {"unet_32": 5, "unet_64": 6, "unet_128": 7, "unet_256": 8, "unet_512": 9}
+"""Downsamplings of each U-Net, which is named by the image size that it takes down to 1x1."""
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Architecture of both networks and the seed of their weights; names as on the command line.
+
+    Raises UserError for a value that no network has.
+    """
+
+    preset: PresetName = "tutorial"
+    netG: GeneratorName = "unet_256"  # noqa: N815
+    ngf: int = 64
+    ndf: int = 64
+    n_layers_D: int = 3  # noqa: N815
+    norm: Norm = "batch"
+    no_dropout: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        find_preset(self.preset)
+        if self.netG not in GENERATOR_DEPTHS:
+            raise UserError(f"netG {self.netG}: unknown; choose one of {', '.join(GENERATOR_DEPTHS)}")
+        for field in ("ngf", "ndf", "n_layers_D"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{field} {value}: give a whole number of at least 1")
+        if self.norm not in ("batch", "instance"):
+            raise UserError(f"norm {self.norm}: choose batch or instance")
+
+    @property
+    def num_downs(self) -> int:
+        return GENERATOR_DEPTHS[self.netG]
+
+    @classmethod
+    def of(cls, values: Any) -> "NetworkOptions":
+        """From an object or a dictionary that has all the fields, among others. KeyError or AttributeError
+        if one is missing."""
+        names = [field.name for field in fields(cls)]
+        if isinstance(values, dict):
+            return cls(**{name: values[name] for name in names})
+        return cls(**{name: getattr(values, name) for name in names})

@@ -1,0 +1,19 @@
+"""Between 8-bit pixels and the [-1, 1] that networks work in."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def normalize(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 (n, height, width, c) -> x / 127.5 - 1, (n, c, height, width) in channels-last memory."""
+    # The divisor is a tensor because CUDA turns division by a Python number into a product with its
+    # reciprocal, one unit in the last place off the tutorial's float32.
+    half_range = torch.full((), 127.5, device=images.device)
+    return images.to(torch.float32).div_(half_range).sub_(1.0).to(dtype).permute(0, 3, 1, 2)
+
+
+def to_uint8(image: Tensor) -> np.ndarray:
+    """(C, H, W) in [-1, 1] to (H, W, C) uint8."""
+    scaled = (image.detach().float().cpu() + 1) * 127.5
+    return scaled.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()

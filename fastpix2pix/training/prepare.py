@@ -1,0 +1,112 @@
+"""From networks and options to a step that runs on a device, with all that is decided on the way.
+
+Training, ``doctor``, the junyanz backend and the benchmarks get their steps here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fastpix2pix.host_memory import keep_freed_memory
+from fastpix2pix.kernels import launch
+from fastpix2pix.training.graph import CapturedStep
+from fastpix2pix.training.losses import Losses
+from fastpix2pix.training.options import StepOptions
+from fastpix2pix.training.precision import WORKING_TYPES, choose_precision, set_float32_math
+from fastpix2pix.training.selfcheck import (
+    TOLERANCE,
+    Networks,
+    compare_with_reference,
+    verify_or_fall_back,
+)
+from fastpix2pix.training.step import TrainStep
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """A step, how to run it, and what was resolved.
+
+    step: holds networks, optimizers and losses. run: ``losses = run(source, target)``, captured or eager.
+    device, precision: as chosen. lost: what the self-check gave up, one line each.
+    """
+
+    step: TrainStep
+    run: Callable[[Tensor, Tensor], Losses]
+    device: torch.device
+    precision: str
+    lost: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of images that the step takes."""
+        return WORKING_TYPES[self.precision]
+
+    def capture(self, shapes: Sequence[tuple[int, int, int, int]]) -> None:
+        """Capture every shape of (N, C, H, W) images that a run will meet, before anything else that uses the
+        GPU is started; nothing where steps run eagerly."""
+        if not isinstance(self.run, CapturedStep):
+            return
+        for shape in shapes:
+            blank = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            blank = blank.contiguous(memory_format=torch.channels_last)
+            self.run.capture(blank, blank.clone(memory_format=torch.preserve_format))
+
+    def resolved(self) -> dict[str, str]:
+        """What this machine made of the request, in words, for people and for the run's record."""
+        if not isinstance(self.run, CapturedStep):
+            graph = "no"
+        else:
+            graph = "yes" if self.run.failure is None else f"no: {self.run.failure}"
+        triton = launch.use_triton(self.step.ring.rows)
+        return {
+            "device": str(self.device),
+            "precision": self.precision,
+            "cuda_graph": graph,
+            "kernels": "Triton" if triton else "PyTorch",
+        }
+
+
+def prepare_step(
+    generator: nn.Module,
+    discriminator: nn.Module,
+    options: StepOptions,
+    device: torch.device,
+    *,
+    image_size: int,
+    graph: bool = True,
+    check: bool = True,
+    say: Callable[[str], None] = print,
+) -> PreparedStep:
+    """A ``TrainStep`` on ``device``, ready to train.
+
+    The networks are moved there. ``options.precision`` None becomes the best for the device, how float32 is
+    computed is set, a CPU process keeps its freed memory. On a GPU (``check``) the step is first held against
+    its reference for images of ``image_size`` pixels a side, and what does not work is given up
+    (``verify_or_fall_back``); with ``graph`` it is captured when it first runs, or by ``capture``.
+
+    Raises UserError for a precision that the device lacks, and as ``verify_or_fall_back`` does.
+    """
+    precision = choose_precision(options.precision, device)
+    options = replace(options, precision=precision)
+    on_gpu = device.type == "cuda"
+    lost: tuple[str, ...] = ()
+    if on_gpu:
+        set_float32_math(precision)
+        if check:
+            networks = Networks(generator, discriminator)
+            verified = verify_or_fall_back(
+                lambda captured: compare_with_reference(
+                    networks, options, device, size=image_size, graph=captured
+                ),
+                TOLERANCE[precision],
+                graph=graph,
+                say=say,
+            )
+            graph, lost = verified.graph, verified.lost
+            torch.cuda.empty_cache()  # what the check took is free again before training allocates
+    else:
+        keep_freed_memory()
+    step = TrainStep(generator.to(device), discriminator.to(device), options)
+    return PreparedStep(step, CapturedStep(step) if on_gpu and graph else step, device, precision, lost)

@@ -1,0 +1,220 @@
+"""One GAN update as one plain function: forward passes, losses, backward passes, both Adams."""
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from fastpix2pix.kernels.adam import LARGE
+from fastpix2pix.kernels.gan_loss import gan_loss, gan_target_loss
+from fastpix2pix.kernels.reference import GanLoss, compute_dtype
+from fastpix2pix.models.blocks import set_working_type
+from fastpix2pix.training.losses import Losses, LossRing
+from fastpix2pix.training.optim import LossScale, MasterAdam
+from fastpix2pix.training.options import StepOptions
+from fastpix2pix.training.players import Backward, FusedPlayers, players_for
+from fastpix2pix.training.precision import WORKING_TYPES
+
+
+class TrainStep:
+    """``losses = step(source, target)`` updates both networks once, by the rule of ``options.preset``.
+
+    tutorial: both gradients are taken at the same weights, and one forward pass over the generated image
+    serves both players. junyanz: the discriminator steps first, and the generator is judged by the
+    discriminator after its step.
+
+    source, target: (N, C, H, W) in [-1, 1], on the networks' device and in their type. The losses are views
+    of ``ring``, which the ``options.print_freq``-th next step overwrites. ``fake`` is the last generated
+    image, (N, C, H, W).
+
+    ``generator`` and ``discriminator`` may be any modules: the first maps the source to an image, the
+    second maps [source, image], stacked on channels, to logits. Our own two run fused: the generated image
+    is written where the discriminator reads it, real and fake go through it as one batch, and a large
+    weight is updated as soon as its gradient is there, while that is still in the cache.
+
+    ``options.precision`` bf16 or fp16 converts our own networks' convolutions; the optimizers keep the
+    float32 weights they came with as masters. Weights in float16 get a dynamic ``loss_scale``.
+    """
+
+    def __init__(self, generator: nn.Module, discriminator: nn.Module, options: StepOptions | None = None):
+        options = StepOptions() if options is None else options
+        self.generator, self.discriminator, self.options = generator, discriminator, options
+        self.rule = options.rules.update
+        self.players = players_for(generator, discriminator, real_first=self.rule.real_first)
+        fused = isinstance(self.players, FusedPlayers)
+        networks = (generator, discriminator)
+        masters = [[p.detach().clone() for p in network.parameters()] for network in networks]
+        if fused and options.precision in ("bf16", "fp16"):
+            for network in networks:
+                set_working_type(network, WORKING_TYPES[options.precision])
+        weight = next(generator.parameters())
+        self.loss_scale = LossScale(weight.device) if weight.dtype == torch.float16 else None
+        adam = {
+            "lr": options.lr,
+            "betas": (options.beta1, 0.999),
+            "eps": self.rule.adam_eps,
+            "keras_eps": self.rule.keras_eps,
+            "loss_scale": self.loss_scale,
+        }
+        self.gen_optimizer = MasterAdam(generator.parameters(), **adam)
+        self.disc_optimizer = MasterAdam(discriminator.parameters(), **adam)
+        self.gen_optimizer.set_masters(masters[0])
+        self.disc_optimizer.set_masters(masters[1])
+        self.lambda_l1 = torch.tensor(
+            options.lambda_L1, dtype=compute_dtype(weight.dtype), device=weight.device
+        )
+        self.ring = LossRing(options.print_freq, weight.device)
+        self.steps_taken = 0
+        self.fake: Tensor | None = None
+        self._updating_early = False
+        if fused and self.loss_scale is None:
+            for optimizer in (self.gen_optimizer, self.disc_optimizer):
+                self._update_large_weights_early(optimizer)
+
+    def __call__(self, source: Tensor, target: Tensor) -> Losses:
+        self.upload_lr()
+        self.body(source, target)
+        return self.stepped()
+
+    def body(self, source: Tensor, target: Tensor) -> None:
+        """The step as the device sees it: it talks to the host nowhere, so it can be captured."""
+        update = self._simultaneous if self.rule.simultaneous else self._alternating
+        losses = update(source, target)
+        if self.loss_scale is not None:
+            self.loss_scale.update()
+        self.ring.write(losses)
+
+    def stepped(self) -> Losses:
+        """Count a step whose body has run, or been replayed, and return its losses."""
+        self.steps_taken += 1
+        return self.ring.row(self.steps_taken - 1)
+
+    def last_losses(self, count: int) -> Tensor:
+        """(count, 6) float32 on the device: the losses of the newest ``count`` steps, oldest first."""
+        return self.ring.last(count, self.steps_taken)
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of both players from the next step on."""
+        for optimizer in (self.gen_optimizer, self.disc_optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+    def upload_lr(self) -> None:
+        """Copy learning rates to the device where they changed: the one thing a step takes from the host."""
+        self.gen_optimizer.upload_lr()
+        self.disc_optimizer.upload_lr()
+
+    def state(self) -> list[Tensor]:
+        """Every tensor that outlives a step and that a step changes."""
+        tensors = [self.ring.rows, self.ring.written]
+        for network in (self.generator, self.discriminator):
+            tensors += [*network.parameters(), *network.buffers()]
+        for optimizer in (self.gen_optimizer, self.disc_optimizer):
+            tensors += optimizer.tensors()
+        if self.loss_scale is not None:
+            tensors += [self.loss_scale.scale, self.loss_scale.growth_tracker, self.loss_scale.found_inf]
+        return [tensor.detach() for tensor in tensors]
+
+    def forget_gradients(self) -> None:
+        """Drop what a body that did not get to its end left behind."""
+        self.gen_optimizer.zero_grad(set_to_none=True)
+        self.disc_optimizer.zero_grad(set_to_none=True)
+
+    # ----------------------------------------------------------------------------------- update rules
+
+    def _simultaneous(self, source: Tensor, target: Tensor) -> Losses:
+        """The tutorial's: both gradients at the same weights, one forward pass of D over the fake image."""
+        drawn = self._draw(source, target)
+        logits, fake_logits = self.players.logits_of_both(drawn, through_fake=True)
+        gan = self._gan_loss(logits)
+        self._update(
+            Backward(logits, gan.disc_grad, self.disc_optimizer),
+            Backward(fake_logits, gan.gen_grad, self.gen_optimizer),
+            Backward(drawn.l1, self._l1_gradient, self.gen_optimizer),
+        )
+        disc, gen, real, fake = gan.losses.unbind()
+        return self._losses(gen, drawn.l1, disc, real, fake)
+
+    def _alternating(self, source: Tensor, target: Tensor) -> Losses:
+        """junyanz's: D steps on the image, then G against the new D."""
+        drawn = self._draw(source, target)
+        logits, _ = self.players.logits_of_both(drawn, through_fake=False)
+        gan = self._gan_loss(logits)
+        self._update(Backward(logits, gan.disc_grad, self.disc_optimizer))
+
+        fake_logits = self.players.logits_of_fake(drawn)
+        gen, gen_grad = gan_target_loss(
+            fake_logits.detach(), True, mode=self.options.gan_mode, scale=self._scale
+        )
+        self._update(
+            Backward(fake_logits, gen_grad, self.gen_optimizer),
+            Backward(drawn.l1, self._l1_gradient, self.gen_optimizer),
+        )
+        disc, _, real, fake = gan.losses.unbind()
+        return self._losses(gen, drawn.l1, disc, real, fake)
+
+    def _draw(self, source: Tensor, target: Tensor):
+        drawn = self.players.draw(source, target)
+        self.fake = drawn.fake.detach()
+        return drawn
+
+    def _gan_loss(self, logits: Tensor) -> GanLoss:
+        return gan_loss(
+            logits.detach(),
+            mode=self.options.gan_mode,
+            real_first=self.rule.real_first,
+            disc_factor=self.rule.disc_factor,
+            scale=self._scale,
+        )
+
+    @property
+    def _scale(self) -> Tensor | None:
+        return None if self.loss_scale is None else self.loss_scale.scale
+
+    @property
+    def _l1_gradient(self) -> Tensor:
+        """The gradient of the total loss by the L1 loss."""
+        return self.lambda_l1 if self.loss_scale is None else self.lambda_l1 * self.loss_scale.scale
+
+    def _losses(self, gen: Tensor, l1: Tensor, disc: Tensor, real: Tensor, fake: Tensor) -> Losses:
+        l1 = l1.detach()
+        return Losses(gen + self.lambda_l1 * l1, gen, l1, disc, real, fake)
+
+    # ----------------------------------------------------------------------------------------- updates
+
+    def _update(self, *paths: Backward) -> None:
+        """Send the gradients back, and update the weights of the optimizers that they are for."""
+        optimizers = list(dict.fromkeys(path.optimizer for path in paths))
+        # With a loss scale no weight may move before all gradients are known to be finite.
+        early = self.loss_scale is None
+        if early:
+            for optimizer in optimizers:
+                optimizer.begin_step()
+        self._updating_early = early
+        try:
+            self.players.backward(paths)
+        finally:
+            self._updating_early = False
+        for optimizer in optimizers:
+            if not early:
+                optimizer.begin_step()
+            optimizer.step_parameters([p for p in optimizer.parameters() if p.grad is not None])
+            optimizer.zero_grad(set_to_none=True)
+
+    def _update_large_weights_early(self, optimizer: MasterAdam) -> None:
+        """Update a large weight when its gradient arrives in a backward pass of this step.
+
+        Nothing reads the weight after that: the backward pass of its layer, which made the gradient, was
+        the last to need it. The hook refers weakly: autograd would keep a step that its own weights hold.
+        """
+        this, weak_optimizer = weakref.ref(self), weakref.ref(optimizer)
+
+        def update(parameter: nn.Parameter) -> None:
+            step = this()
+            if step is not None and step._updating_early:
+                weak_optimizer().step_parameters([parameter])
+                parameter.grad = None
+
+        for parameter in optimizer.parameters():
+            if parameter.numel() >= LARGE:
+                parameter.register_post_accumulate_grad_hook(update)
