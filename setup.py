@@ -5,6 +5,10 @@ from setuptools import setup
 # DALI publishes wheels for Linux on x86-64 and Arm only; elsewhere the portable loader runs.
 HAS_DALI = 'sys_platform == "linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")'
 
+# On x86-64 Linux plain "tensorflow" is the build with CUDA; elsewhere it is the one to have.
+X86_LINUX = 'sys_platform == "linux" and platform_machine == "x86_64"'
+NOT_X86_LINUX = 'sys_platform != "linux" or platform_machine != "x86_64"'
+
 setup(
     name="fastpix2pix",
     version="0.1.0",
@@ -31,6 +35,7 @@ setup(
     extras_require={
         "export": ["onnx>=1.15", "onnxruntime>=1.17"],
         "test": ["pytest>=8", "hypothesis>=6.100", "onnx>=1.15", "onnxruntime>=1.17"],
+        "golden": [f"tensorflow-cpu>=2.16; {X86_LINUX}", f"tensorflow>=2.16; {NOT_X86_LINUX}"],
         "bench": ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.7"],
     },
 )

@@ -94,10 +94,8 @@ def _in_optimizer() -> bool:
     frame = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.startswith("torch.optim.") or module in (
-            "fastpix2pix.training.optim",
-            "fastpix2pix.kernels.adam",
-        ):
+        ours = "fastpix2pix.training.optim", "fastpix2pix.kernels.adam"
+        if module.startswith("torch.optim.") or module in ours:
             return True
         frame = frame.f_back
     return False

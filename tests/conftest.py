@@ -1,11 +1,13 @@
-"""Fixtures shared by all tests: the real facades and the golden numbers, where they exist; Triton's device.
+"""Fixtures shared by all tests: the real facades, where they exist; the golden numbers; Triton's device.
 
 Triton decides when a kernel is defined whether it will be interpreted or compiled. Without a GPU this file
 has them interpreted, in this process only: child processes (``python -m fastpix2pix...``) see the world as
 users do. Ops on CPU tensors still take their reference, except in a test that asks for ``triton_device``.
 """
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,26 +55,22 @@ if launch.INTERPRETING:
     _patch_language_once_a_launch()
 
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
-def _folder(variable: str, default: Path) -> Path:
-    path = Path(os.environ.get(variable, default))
-    if not path.is_dir():
-        pytest.skip(f"{path} is absent; set {variable} to use a copy elsewhere")
-    return path
+HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="session")
 def facades() -> Path:
     """Folder with ``train/`` and ``test/`` of the real facades (photo left, label map right)."""
-    return _folder("FASTPIX2PIX_FACADES", SHARED / "facades")
+    path = Path(os.environ.get("FASTPIX2PIX_FACADES", HERE.parents[1] / "shared" / "facades"))
+    if not path.is_dir():
+        pytest.skip(f"{path} is absent; set FASTPIX2PIX_FACADES to use a copy elsewhere")
+    return path
 
 
 @pytest.fixture(scope="session")
-def golden() -> Path:
-    """Folder with the numbers that the TensorFlow tutorial's own code produced."""
-    return _folder("FASTPIX2PIX_GOLDEN", SHARED / "golden")
+def golden() -> Callable[[str], dict]:
+    """``golden(name)``: numbers that TensorFlow computed, from ``golden/<name>.json``."""
+    return lambda name: json.loads((HERE / "golden" / f"{name}.json").read_text())
 
 
 @pytest.fixture

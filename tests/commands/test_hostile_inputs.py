@@ -496,10 +496,3 @@ def test_in_processes_of_their_own(run, place, tmp_path):
         assert process.returncode == 2 and bars == [] and line.startswith(f"error: {start}"), err
     after = snapshot(tmp_path)
     assert after.keys() - before.keys() == {"watched/here/data/.facades.lock"}
-
-
-def test_there_are_more_than_two_hundred():
-    files, archives = len(PLANTS), len(NO_ARCHIVES) + 2 * len(members_outside("/x"))
-    assert len(set(DAMAGED.values())) == len(DAMAGED) and len(set(NO_ARCHIVES.values())) == len(NO_ARCHIVES)
-    assert files > 100 and archives > 100 and len(ANSWERS) > 20
-    assert 2 * files + archives + len(ANSWERS) > 350

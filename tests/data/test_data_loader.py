@@ -1,9 +1,7 @@
 """Every loader obeys the plan: batches against a plain numpy reading of the same files."""
 
-import hashlib
 import io
 import itertools
-import json
 import multiprocessing
 import re
 import sys
@@ -12,6 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from golden import recipe
 from PIL import Image
 
 from fastpix2pix.data import find_pairs, open_loader
@@ -99,19 +98,18 @@ def test_batches_are_those_of_the_plan(tmp_path, kind, direction, batch_size, ch
 @pytest.mark.parametrize("mirrored, key", [(False, "not_flipped"), (True, "flipped")])
 def test_samples_are_the_tutorials(tmp_path, golden, kind, monkeypatch, mirrored, key):
     """From a file to the batch: the float32 pixels that TensorFlow made of the same picture and decisions."""
-    tutorial = json.loads((golden / "preprocess_golden.json").read_text())
+    tutorial = golden("preprocessing")
     (tmp_path / "train").mkdir()
-    picture = np.random.default_rng(3).integers(0, 256, (256, 512, 3), dtype=np.uint8)
-    Image.fromarray(picture).save(tmp_path / "train" / "1.png")
-    corner = np.array([tutorial["crop"]["y"]]), np.array([tutorial["crop"]["x"]])
+    Image.fromarray(recipe.picture()).save(tmp_path / "train" / "1.png")
+    corner = np.array([tutorial["corner"]["y"]]), np.array([tutorial["corner"]["x"]])
     plan = Plan(np.array([0]), *corner, np.array([mirrored]))
     monkeypatch.setattr(loader_module, "epoch_plan", lambda *_, **__: plan)
     loader = open_loader(tmp_path, loader=kind, num_threads=1)
     batch = next(loader.stream())
     loader.close()
     for image, name in ((batch.source, "input"), (batch.target, "real")):
-        pixels = image.permute(0, 2, 3, 1).numpy().tobytes()
-        assert hashlib.sha256(pixels).hexdigest() == tutorial[key][name]["sha256_float32_le"]
+        pixels = image.permute(0, 2, 3, 1).numpy()
+        assert recipe.digest([pixels]) == tutorial["sha256_of_float32"][key][name]
 
 
 def test_pictures_of_many_sizes_and_two_folders(tmp_path, kind):

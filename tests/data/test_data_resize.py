@@ -1,11 +1,9 @@
 """Resize and jitter against the tutorial's own pixels, and against Pillow."""
 
-import hashlib
-import json
-
 import numpy as np
 import pytest
 import torch
+from golden import recipe
 from PIL import Image
 
 from fastpix2pix.data import load_pair
@@ -18,13 +16,15 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def tutorial(golden) -> dict:
-    return json.loads((golden / "preprocess_golden.json").read_text())
+    return golden("preprocessing")
 
 
 @pytest.fixture(scope="module")
-def picture() -> np.ndarray:
+def picture(tutorial) -> np.ndarray:
     """The golden file's picture: real (the target) on the left, input on the right."""
-    return np.random.default_rng(3).integers(0, 256, (256, 512, 3), dtype=np.uint8)
+    drawn = recipe.picture()
+    assert recipe.digest([drawn]) == tutorial["inputs_sha256"]
+    return drawn
 
 
 def half(picture: np.ndarray, name: str) -> torch.Tensor:
@@ -33,7 +33,7 @@ def half(picture: np.ndarray, name: str) -> torch.Tensor:
 
 
 def sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+    return recipe.digest([tensor.numpy()])
 
 
 def test_index_table_is_tensorflows(tutorial):
@@ -50,11 +50,11 @@ def test_index_table_is_tensorflows_float32_rule_at_other_sizes(size_in):
 @pytest.mark.parametrize("name", ["real", "input"])
 def test_resized_and_jittered_pixels_are_the_tutorials(tutorial, picture, name):
     resized = resize(half(picture, name), 286, "nearest")
-    assert sha256(resized) == tutorial["uint8_after_resize_286"][name]["sha256_uint8"]
+    assert sha256(resized) == tutorial["sha256_of_resized_uint8"][name]
     for mirrored, key in ((False, "not_flipped"), (True, "flipped")):
-        corner = np.array([tutorial["crop"]["y"]]), np.array([tutorial["crop"]["x"]])
+        corner = np.array([tutorial["corner"]["y"]]), np.array([tutorial["corner"]["x"]])
         result = jitter(resized, np.array([0]), *corner, np.array([mirrored]), 256, torch.float32)
-        assert sha256(result.permute(0, 2, 3, 1)) == tutorial[key][name]["sha256_float32_le"]
+        assert sha256(result.permute(0, 2, 3, 1)) == tutorial["sha256_of_float32"][key][name]
 
 
 def test_pair_without_jitter_is_the_tutorials_test_image(tutorial, picture, tmp_path):
@@ -63,16 +63,13 @@ def test_pair_without_jitter_is_the_tutorials_test_image(tutorial, picture, tmp_
     source, target = load_pair(pair, direction="BtoA", size=256, interpolation="nearest")
     for image, name in ((source, "input"), (target, "real")):
         assert image.shape == (1, 3, 256, 256) and image.is_contiguous(memory_format=torch.channels_last)
-        assert (
-            sha256(image.permute(0, 2, 3, 1))
-            == tutorial["test_path (resize 256->256 is the identity)"][name]["sha256_float32_le"]
-        )
+        assert sha256(image.permute(0, 2, 3, 1)) == tutorial["sha256_of_float32"]["test_image"][name]
 
 
 def test_normalisation_is_the_tutorials_for_every_grey_level(tutorial):
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(-1, -1, -1, 3)
     table = normalize(levels, torch.float32)[0, 0].flatten()
-    assert sha256(table) == tutorial["normalise_table_sha256_float32_le(0..255)"]
+    assert sha256(table) == tutorial["sha256_of_float32"]["grey_levels"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,11 +1,11 @@
 """PatchGAN losses and gradients: kernels against the fp64 reference, that against torch and Keras."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from golden import recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import assert_stored
@@ -107,20 +107,14 @@ def test_equals_torch_losses_and_autograd(device, real_first, mode):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_golden_losses_and_gradients(device, golden, dtype):
-    numbers = json.loads((golden / "losses_golden.json").read_text())
+    numbers, inputs = golden("losses"), recipe.loss_inputs()
+    assert recipe.digest(inputs.values()) == numbers["inputs_sha256"]
     exact = numbers[str(dtype).removeprefix("torch.")]
-    generator = np.random.default_rng(5)
-    real, fake = ((generator.normal(size=(2, 30, 30, 1)) * 3).astype(np.float32) for _ in range(2))
-    assert real.ravel()[:4].tolist() == numbers["first_values"]["real_logits"]
-    x = torch.from_numpy(np.concatenate((real, fake))).permute(0, 3, 1, 2).to(device, dtype)
+    both = np.concatenate((inputs["real_logits"], inputs["fake_logits"]))
+    x = torch.from_numpy(both).permute(0, 3, 1, 2).to(device, dtype)
     losses, disc_grad, gen_grad = gan_loss(x)
     rtol = 1e-13 if dtype == torch.float64 else FLOAT32[device]
-    expected = [
-        exact["discriminator_loss(real_logits, fake_logits)"],
-        exact["generator_loss(fake_logits, gen_output, target)"]["gan"],
-        exact["real_loss"],
-        exact["generated_loss"],
-    ]
+    expected = [exact[name] for name in ("disc", "gan", "real_loss", "generated_loss")]
     assert losses.tolist() == pytest.approx(expected, rel=rtol)
     for gradient, name in (
         (gen_grad, "d gan/d fake_logits"),
@@ -139,12 +133,10 @@ def test_golden_losses_and_gradients(device, golden, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_golden_extreme_logits(device, golden, dtype):
-    exact = json.loads((golden / "losses_golden.json").read_text())["extreme_logits"]
-    for x, ones, zeros in zip(
-        exact["logits"], exact["bce_ones_elementwise"], exact["bce_zeros_elementwise"], strict=True
-    ):
+    for x, exact in golden("losses")["extreme_logits"].items():
+        x = float(x)
         one = torch.full((1,), x, dtype=dtype, device=device)
-        for real, expected in ((True, ones), (False, zeros)):
+        for real, expected in ((True, exact["ones"]), (False, exact["zeros"])):
             loss, gradient = gan_target_loss(one, real)
             assert loss.item() == pytest.approx(expected, rel=FLOAT32[device], abs=1e-38)
             sigmoid = 1 / (1 + math.exp(x if real else -x))

@@ -1,17 +1,17 @@
-"""The networks and the step against numbers that the TensorFlow tutorial's own code produced.
+"""The networks and the step against what TensorFlow computes for the tutorial's networks and update.
 
-The golden weights have a dropout rate of 0 and batch 1. ``golden/README.md`` says how they were made, and
-gives the float32 tolerances used here.
+Batch 1, without dropout. ``golden/README.md`` says how the numbers are made, and where the tolerances used
+here come from.
 """
 
 import dataclasses
-import importlib.util
-import json
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from golden import recipe
+from golden.recipe import GENERATOR_ARRAYS
 
 from fastpix2pix import presets
 from fastpix2pix.interop import keras
@@ -19,25 +19,23 @@ from fastpix2pix.models import PatchDiscriminator, UNetGenerator
 from fastpix2pix.training.options import StepOptions
 from fastpix2pix.training.step import TrainStep
 
-GENERATOR_ARRAYS = 73
-
 
 class Golden(NamedTuple):
-    entries: list
+    names: list
     arrays: list
-    data: list
+    pairs: list
     float32: dict
     float64: dict
 
 
 @pytest.fixture(scope="module")
 def tutorial(golden) -> Golden:
-    spec = importlib.util.spec_from_file_location("golden_recipe", golden / "recipe.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    entries, arrays = zip(*recipe.weights(), strict=True)
-    numbers = (json.loads((golden / f"tutorial_golden{kind}.json").read_text()) for kind in ("", "_f64"))
-    return Golden(entries, arrays, recipe.data(), *numbers)
+    names, arrays = zip(*recipe.weights(), strict=True)
+    pairs = recipe.pairs()
+    numbers = golden("tutorial_float32"), golden("tutorial_float64")
+    drawn = recipe.digest([*arrays, *(image for pair in pairs for image in pair)])
+    assert all(each["inputs_sha256"] == drawn for each in numbers), "this NumPy draws other numbers"
+    return Golden(names, arrays, pairs, *numbers)
 
 
 def networks(tutorial: Golden, dtype: torch.dtype):
@@ -48,7 +46,7 @@ def networks(tutorial: Golden, dtype: torch.dtype):
 
 
 def pair(tutorial: Golden, index: int, dtype: torch.dtype):
-    return [torch.from_numpy(image).permute(0, 3, 1, 2).to(dtype) for image in tutorial.data[index]]
+    return [torch.from_numpy(image).permute(0, 3, 1, 2).to(dtype) for image in tutorial.pairs[index]]
 
 
 def by_keras_name(tutorial: Golden, network, arrays_of):
@@ -56,7 +54,7 @@ def by_keras_name(tutorial: Golden, network, arrays_of):
     offset = 0 if isinstance(network, UNetGenerator) else GENERATOR_ARRAYS
     parameters = dict(network.named_parameters())
     return {
-        tutorial.entries[offset + i]["name"]: arrays_of(parameters[name])
+        tutorial.names[offset + i]: arrays_of(parameters[name])
         for i, (name, _) in enumerate(keras._in_keras_order(network))
         if name in parameters
     }
@@ -146,7 +144,7 @@ def test_float32(tutorial):
         for name, after in by_keras_name(tutorial, new, lambda p: p.detach()).items():
             if name.endswith("kernel"):
                 change = (after - first[name]).abs().mean().item()
-                expected = tutorial.float32["after5_delta"][name]["mean_abs"]
+                expected = tutorial.float32["after5_kernel_change"][name]
                 assert change == pytest.approx(expected, rel=3e-2, abs=1e-12), name
 
 
