@@ -202,9 +202,9 @@ class PeerStep:
     """One update of both networks: ``losses = step(source, target)``, named as ``training.losses.Losses``.
 
     ``workload.preset`` chooses networks and rule: the tutorial's simultaneous update, or junyanz's
-    alternating one. source, target: (N, 3, H, W) float32 in [-1, 1]. Everything is computed as the public code does:
-    two passes through the discriminator, ``torch.cat`` for pairs and skips, a target tensor for the
-    cross-entropy.
+    alternating one. source, target: (N, 3, H, W) float32 in [-1, 1]. Everything is computed as the public
+    code does: two passes through the discriminator, ``torch.cat`` for pairs and skips, a target tensor for
+    the cross-entropy.
     """
 
     def __init__(self, workload: Workload, tuning: Tuning = PLAIN, device: torch.device | str = "cpu"):
