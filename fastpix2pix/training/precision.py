@@ -67,8 +67,9 @@ def set_float32_math(precision: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     if _has_fp32_precision():
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-        torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+        # cudnn.rnn too: the older interface stands for both, and refuses to be read where they differ.
+        for library in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+            library.fp32_precision = "tf32" if tf32 else "ieee"
     torch.backends.cudnn.benchmark = True
 
 
