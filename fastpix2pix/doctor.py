@@ -15,8 +15,10 @@ from fastpix2pix.data import LoaderOptions, open_loader
 from fastpix2pix.data.synthetic import synthetic_dataset
 from fastpix2pix.device import choose_device, why_no_gpu
 from fastpix2pix.errors import UserError
+from fastpix2pix.full_checkup import full_checkup
 from fastpix2pix.kernels import launch
 from fastpix2pix.models import NetworkOptions, build_networks
+from fastpix2pix.training.diagnosis import explain
 from fastpix2pix.training.options import StepOptions
 from fastpix2pix.training.precision import choose_precision, set_float32_math
 from fastpix2pix.training.prepare import PreparedStep, prepare_step
@@ -32,6 +34,11 @@ class DoctorConfig:
 
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    full: bool = False
+    """Also run the GPU tests, the benchmarks and the comparison with plain PyTorch, ten minutes in all, and
+    write everything to OUTPUT. Needs a clone, with its extras test and bench."""
+    output: Path = Path("doctor.json")
+    """The file of --full, to be attached to an issue. It names no folder of this machine."""
 
 
 class Skipped(Exception):
@@ -158,17 +165,19 @@ CHECKS: dict[str, Callable[[torch.device], str]] = {
 def examine(config: DoctorConfig) -> None:
     """Print one line a check. Raises UserError, with the names of those that failed, if any did."""
     device = choose_device(config.device)
-    failed = []
+    results = []
     for name, check in CHECKS.items():
         try:
             outcome, detail = "PASS", check(device)
         except Skipped as reason:
             outcome, detail = "SKIP", str(reason)
         except Exception as error:  # whatever breaks in a check is its result
-            outcome, detail = "FAIL", f"{type(error).__name__}: {error}".split("\n")[0]
-            failed.append(name)
+            outcome, detail = "FAIL", explain(error)
+        results.append({"check": name, "outcome": outcome, "detail": detail})
         print(f"{outcome}  {name:<15} {detail}", flush=True)
-    if failed:
+    if config.full:
+        full_checkup(results, environment.versions(), config.output)
+    if failed := [result["check"] for result in results if result["outcome"] == "FAIL"]:
         raise UserError(f"failed: {', '.join(failed)}; please report the lines above")
 
 
