@@ -128,7 +128,7 @@ def torch_pixel_loss(x: Tensor, bias: Tensor, target: Tensor, slot: Tensor) -> t
 
 
 def tanh_l1_calls() -> Calls:
-    """tanh into the discriminator's input, L1 loss, and the way back from both."""
+    """tanh into the discriminator's input, L1 loss, and the backward pass of both."""
     x, target, dfake = image(1, 3, 256, grad=True), image(1, 3, 256), image(1, 3, 256)
     bias = torch.zeros(3, device=DEVICE, requires_grad=True)
     slot = image(2, 6, 256)[1:, 3:]
@@ -210,7 +210,7 @@ CASES = {
     "norm_act down 64x64x128": (partial(norm_act_calls, 128, 64, DOWN), EVERY_SIDE),
     "norm_act down 16x16x512": (partial(norm_act_calls, 512, 16, DOWN), EVERY_SIDE),
     "norm_act up 8x8x512": (partial(norm_act_calls, 512, 8, UP), EVERY_SIDE),
-    # Not compiled: compiled code frees what it saved after one way back, and here are two.
+    # Not compiled: compiled code frees what it saved after one backward pass, and here are two.
     "gan_loss 30x30": (gan_loss_calls, (OURS, REFERENCE, TORCH)),
     "tanh_l1 256x256": (tanh_l1_calls, EVERY_SIDE),
     "adam 512x512x4x4": (partial(adam_calls, 512 * 512 * 16), (OURS, REFERENCE, DEFAULT_ADAM, FUSED_ADAM)),

@@ -20,8 +20,8 @@ class TrainStep:
     """``losses = step(source, target)`` updates both networks once, by the rule of ``options.preset``.
 
     tutorial: both gradients are taken at the same weights, and one forward pass over the generated image
-    serves both players. junyanz: the discriminator steps first, and the generator is judged by the
-    discriminator after its step.
+    serves both players. junyanz: the discriminator steps first, and the generator's gradient is taken
+    through the discriminator as it is after that.
 
     source, target: (N, C, H, W) in [-1, 1], on the networks' device and in their type. The losses are views
     of ``ring``, which the ``options.print_freq``-th next step overwrites. ``fake`` is the last generated

@@ -4,6 +4,7 @@ What could spoil the GPU for the tests after it, a failed capture above all, run
 """
 
 import gc
+import os
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,7 @@ from fastpix2pix.device import choose_device
 from fastpix2pix.doctor import CHECKS
 from fastpix2pix.models import NetworkOptions, build_networks
 from fastpix2pix.train import main
-from fastpix2pix.training.graph import AsyncHostCopy, CapturedStep
+from fastpix2pix.training.graph import AsyncHostCopy
 from fastpix2pix.training.options import StepOptions
 from fastpix2pix.training.precision import WORKING_TYPES, choose_precision, set_float32_math
 from fastpix2pix.training.prepare import prepare_step
@@ -159,12 +160,14 @@ def test_a_capture_that_fails_leaves_an_eager_step_that_works(device):
 
 def test_a_machine_without_a_compiler_trains_all_the_same(device, facades, tmp_path):
     """In a process without gcc on its path and with an empty Triton cache: plain PyTorch, and a line."""
+    environment = os.environ | {"PATH": "/nowhere", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment.pop("CC", None)
     done = subprocess.run(
         [sys.executable, "-m", "fastpix2pix.train", "--dataroot", str(facades), "--steps", "3", "--device",
          str(device), "--checkpoints_dir", str(tmp_path), "--loader", "portable"],
         capture_output=True,
         text=True,
-        env={"PATH": "/nowhere", "TRITON_CACHE_DIR": str(tmp_path / "cache"), "HOME": str(tmp_path)},
+        env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "finds no C compiler for its launcher; install gcc" in done.stderr
@@ -205,17 +208,3 @@ def test_training_and_resuming(device, facades, tmp_path, precision, capsys):
     main([*flags, "--continue_train", "--steps", "150"])
     assert "checking this GPU" not in capsys.readouterr().out
     assert (tmp_path / "experiment_name" / "checkpoints" / "step_00000150.pt").is_file()
-
-
-def test_capture_beside_a_loader_that_runs(device, facades):
-    """A step is captured although DALI's threads work: a shape that nobody foresaw."""
-    loader = open_loader(facades, LoaderOptions(chunk=8), device=device)
-    stream = loader.stream()
-    next(stream)
-    captured = prepared(device, "tutorial", choose_precision(None, device), graph=True)
-    assert isinstance(captured.run, CapturedStep)
-    images = next(iter(on(device, captured.precision, 1)))
-    captured.run(*images)
-    next(stream)
-    loader.close()
-    assert captured.run.failure is None
