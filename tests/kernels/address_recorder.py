@@ -8,7 +8,7 @@ after the other, does not show. ``recorded`` notes what each program loads, stor
   no excuse: such a byte wants an atomic. Bytes that are only ever touched by atomics are none.
 * a stray access: outside the elements of every tensor that the kernel was given;
 * an undeclared access: a byte read (or written) of a tensor that the launch does not declare in ``reads``
-  (or ``writes``);
+  (or ``writes``); an atomic update counts as a write alone;
 * an untrue declaration: elements of a declared tensor that no program reads (or writes). A single element
   that is declared as written may be left alone: it is a flag.
 """
@@ -134,9 +134,7 @@ def check(this: Launch, accesses: Sequence[Access]) -> list[Finding]:
     for place, access in located:
         toucher[place] = access.program
         (written if access.writes else read)[place] = True
-        if access.atomic:
-            read[place] = True
-        else:
+        if not access.atomic:
             plain[place] = True
     for place, access in located:
         shared[place[toucher[place] != access.program]] = True

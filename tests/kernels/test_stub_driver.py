@@ -47,7 +47,7 @@ def kernel_cache(pytestconfig: pytest.Config, tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("triton")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run(library: Path, kernel_cache: Path):
     """Runs jobs of stub_driver.py in one process of their own."""
     environment = stub_driver.environment(library, kernel_cache)
@@ -61,54 +61,58 @@ def run(library: Path, kernel_cache: Path):
     return run
 
 
-def check(results: dict[str, dict], *, launches: int) -> None:
-    for job, result in results.items():
-        counts = result["counts"]
-        print(f"{job}: {result['launches']} launches, {counts['parameters']} parameters")
-        assert not result["differences"], "\n".join(result["differences"])
-        assert result["launches"] >= launches
-        assert counts["parameters"] > 5 * result["launches"]
-        assert counts["alignment promises"] > counts["parameters"] / 3
+EACH_KERNEL, STEP = "each_kernel_once fp16", "train_step tutorial bf16"
+FAULTS = {
+    "another_grid": "grid is",
+    "another_block": "block is",
+    "exchanged_pointers": "parameter 0 (argument (0,)) is",
+}
 
 
-def test_every_kernel_arrives_at_the_driver_as_it_was_asked_for(run):
-    results = run("each_kernel_once fp16")
-    check(results, launches=len(KERNELS))
-    assert results["each_kernel_once fp16"]["kernels"].keys() >= KERNELS
+@pytest.fixture(scope="module")
+def results(run) -> dict[str, dict]:
+    return run(EACH_KERNEL, STEP, *(f"{EACH_KERNEL} {fault}" for fault in FAULTS))
 
 
-def test_a_train_step_arrives_at_the_driver_as_it_was_asked_for(run):
-    check(run("train_step tutorial bf16"), launches=35)
+def check(job: str, result: dict, *, launches: int) -> None:
+    counts = result["counts"]
+    print(f"{job}: {result['launches']} launches, {counts['parameters']} parameters")
+    assert not result["differences"], "\n".join(result["differences"])
+    assert result["launches"] >= launches
+    assert counts["parameters"] > 5 * result["launches"]
+    assert counts["alignment promises"] > counts["parameters"] / 3
 
 
-def test_a_launch_that_is_not_what_was_asked_for_is_noticed(run):
-    faults = {
-        "another_grid": "grid is",
-        "another_block": "block is",
-        "exchanged_pointers": "parameter 0 (argument (0,)) is",
-    }
-    results = run(*(f"each_kernel_once fp16 {fault}" for fault in faults))
-    for seen, result in zip(faults.values(), results.values(), strict=True):
-        assert any(difference.startswith(f"tanh_l1_sums: {seen}") for difference in result["differences"])
-        assert all("tanh_l1_sums" in difference for difference in result["differences"])
+def test_every_kernel_arrives_at_the_driver_as_it_was_asked_for(results):
+    check(EACH_KERNEL, results[EACH_KERNEL], launches=len(KERNELS))
+    assert results[EACH_KERNEL]["kernels"].keys() >= KERNELS
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_every_layer_arrives_at_the_driver_as_it_was_asked_for(run, dtype):
-    check(run(f"every_layer {dtype}"), launches=80)
+def test_a_train_step_arrives_at_the_driver_as_it_was_asked_for(results):
+    check(STEP, results[STEP], launches=35)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_launch_that_is_not_what_was_asked_for_is_noticed(results, fault):
+    differences = results[f"{EACH_KERNEL} {fault}"]["differences"]
+    assert any(difference.startswith(f"tanh_l1_sums: {FAULTS[fault]}") for difference in differences)
+    assert all("tanh_l1_sums" in difference for difference in differences)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "step",
+    "job, launches",
     [
-        "junyanz fp16",
-        "junyanz bf16 batch=2",
-        "tutorial fp32",
-        "tutorial bf16 width=64 size=256 num_downs=8",
-        "junyanz fp16 width=64 size=256 num_downs=8",
+        ("every_layer bf16", 80),
+        ("every_layer fp16", 80),
+        ("every_layer fp32", 80),
+        ("train_step junyanz fp16", 35),
+        ("train_step junyanz bf16 batch=2", 35),
+        ("train_step tutorial fp32", 35),
+        ("train_step tutorial bf16 width=64 size=256 num_downs=8", 60),
+        ("train_step junyanz fp16 width=64 size=256 num_downs=8", 60),
     ],
 )
-def test_other_train_steps_arrive_at_the_driver_as_they_were_asked_for(run, step):
-    check(run(f"train_step {step}"), launches=35)
+def test_layers_and_other_train_steps_arrive_as_they_were_asked_for(run, job, launches):
+    (result,) = run(job).values()
+    check(job, result, launches=launches)
