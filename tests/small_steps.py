@@ -1,4 +1,7 @@
-"""Train steps small enough for Triton's interpreter: both presets' networks, only narrower and shallower."""
+"""Train steps small enough for Triton's interpreter: both presets' networks, only narrower and shallower.
+
+The tests that use them know nothing of how networks and steps are made, captured and read: it stands here.
+"""
 
 from typing import NamedTuple
 
@@ -6,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpix2pix.config import TrainConfig
+from fastpix2pix.graph import AsyncHostCopy, CapturedStep
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
 from fastpix2pix.precision import WORKING_TYPES
 from fastpix2pix.step import TrainStep
@@ -43,3 +47,13 @@ def small_step(
         for image in images
     )
     return SmallStep(step, source, target)
+
+
+def captured(step: TrainStep) -> CapturedStep:
+    """``step`` as a run on a GPU takes it."""
+    return CapturedStep(step)
+
+
+def send_losses(step: TrainStep, count: int) -> AsyncHostCopy:
+    """The losses of the newest ``count`` steps on their way to the host, as the loop reads them."""
+    return AsyncHostCopy(step.last_losses(count))
