@@ -102,9 +102,9 @@ CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return
 
 static CUcontext current;
 
-CUresult cuInit(unsigned int flags) { return CUDA_SUCCESS; }
+/* Not called by Triton's launcher; a build of PyTorch with CUDA is told that there is no GPU for it. */
+CUresult cuInit(unsigned int flags) { return CUDA_ERROR_NO_DEVICE; }
 CUresult cuDriverGetVersion(int *version) { return *version = CUDA_VERSION, CUDA_SUCCESS; }
-CUresult cuDeviceGetCount(int *devices) { return *devices = 1, CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = ordinal, CUDA_SUCCESS; }
 CUresult cuCtxGetCurrent(CUcontext *context) { return *context = current, CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext context) { return current = context, CUDA_SUCCESS; }
