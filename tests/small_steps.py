@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpix2pix.config import TrainConfig
-from fastpix2pix.graph import AsyncHostCopy, CapturedStep
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
-from fastpix2pix.precision import WORKING_TYPES
-from fastpix2pix.step import TrainStep
+from fastpix2pix.training.graph import AsyncHostCopy, CapturedStep
+from fastpix2pix.training.options import StepOptions
+from fastpix2pix.training.precision import WORKING_TYPES
+from fastpix2pix.training.step import TrainStep
 
 
 class SmallStep(NamedTuple):
@@ -40,7 +40,7 @@ def small_step(
     torch.manual_seed(2)
     generator = UNetGenerator(preset, ngf=width, num_downs=num_downs, norm=norm).to(device)
     discriminator = PatchDiscriminator(preset, ndf=width, norm=norm).to(device)
-    step = TrainStep(generator, discriminator, TrainConfig(preset=preset, precision=precision, norm=norm))
+    step = TrainStep(generator, discriminator, StepOptions(preset=preset, precision=precision))
     images = torch.rand(2, batch, 3, size, size) * 2 - 1
     source, target = (
         image.to(device, WORKING_TYPES[precision]).contiguous(memory_format=torch.channels_last)
