@@ -14,10 +14,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 from fastpix2pix import host_memory  # noqa: E402 (after the variable is set)
-from fastpix2pix.kernels import launch  # noqa: E402
+from fastpix2pix.kernels import language, launch  # noqa: E402
 
 if launch.INTERPRETING:
-    launch.triton.knobs.runtime.interpret = True  # for the rest of this process ...
+    language.triton.knobs.runtime.interpret = True  # for the rest of this process ...
 os.environ.pop("TRITON_INTERPRET", None)  # ... and not for its children
 launch.kernels_on_cpu = False
 # A training keeps what it frees, until its process ends; of this process that would be everybody's memory.

@@ -16,7 +16,7 @@ from rounding import assert_stored
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpix2pix.kernels import launch, reference
+from fastpix2pix.kernels import images, launch, reference
 from fastpix2pix.kernels import norm_act as kernels
 from fastpix2pix.kernels.norm_act import norm_act
 from fastpix2pix.kernels.reference import NormActConfig, dropout_mask
@@ -388,7 +388,7 @@ def test_takes_any_strides_in_and_refuses_them_out(triton_device):
     ],
 )
 def test_pixel_stride(image, stride):
-    assert launch.pixel_stride(image) == stride
+    assert images.pixel_stride(image) == stride
 
 
 # ---------------------------------------------------------------------------------------- kernels: numbers
