@@ -1,0 +1,1 @@
+"""Training: the step, its optimizers, and how it is run."""

@@ -1,0 +1,63 @@
+"""A step that is traced on the meta device launches what a step on tensors launches."""
+
+import pytest
+import torch
+
+from fastpix2pix.config import TrainConfig
+from fastpix2pix.kernels.language import HAS_TRITON
+from fastpix2pix.kernels.launch import Launch, observed
+from fastpix2pix.models import build_networks
+from fastpix2pix.precision import WORKING_TYPES
+from fastpix2pix.step import TrainStep
+from fastpix2pix.training.trace import kernel_launches, step_launches
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+
+def facts(launches: list[Launch]) -> list[tuple]:
+    """What the launches say, with a type, a shape, an offset and the strides that count for each tensor."""
+
+    def of(t: torch.Tensor | None) -> tuple | None:
+        if t is None:
+            return None
+        strides = [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+        return t.dtype, t.shape, t.storage_offset(), strides
+
+    return [
+        (made.name, made.grid, made.variant, [of(t) for t in made.reads], [of(t) for t in made.writes])
+        for made in launches
+    ]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("preset", ["tutorial", "junyanz"])
+def test_launches_are_those_of_a_step_on_tensors(preset, precision):
+    config = TrainConfig(
+        preset=preset, precision=precision, netG="unet_32", ngf=8, ndf=8, crop_size=32, load_size=32
+    )
+    config = config if precision != "fp32" else TrainConfig(**{**vars(config), "batch_size": 3})
+    launches = []
+    with observed(launches.append, run=False):
+        step = TrainStep(*build_networks(config, torch.device("cpu")), config)
+        image = torch.zeros(config.batch_size, 3, 32, 32, dtype=WORKING_TYPES[precision])
+        image = image.contiguous(memory_format=torch.channels_last)
+        step.body(image, image.clone())
+    assert len(launches) > 40
+    assert facts(step_launches(config)) == facts(launches)
+
+
+def test_the_random_state_is_left_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    torch.manual_seed(5)
+    step_launches(TrainConfig(precision="fp32"))
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_labelled_launches_cover_both_presets_without_repeats():
+    labelled = kernel_launches("fp16")
+    names = {launch.name for _, launch in labelled}
+    assert len(names) == 14, "every kernel of the package"
+    assert {label.split()[0] for label, _ in labelled} == {"tutorial", "junyanz"}
+    assert len(labelled) < len(step_launches(TrainConfig(precision="fp16"))) * 2 * 0.8
+    assert "junyanz 16x16x512 dropout" in {label for label, _ in labelled}
