@@ -5,18 +5,19 @@ from dataclasses import dataclass
 from fastpix2pix.kernels.variants import WARP
 
 VECTOR_BYTES = 16
-"""The widest access of one thread. Triton narrows it where threads would be left without work, so a tile has
-a vector for every thread wherever the image has the values."""
+"""The widest memory access of one thread. Triton narrows it where a tile has too few values for all threads,
+so a tile has a vector for every thread wherever the image is large enough."""
 
 SECTOR_BYTES = 32
-"""What caches and memory move at least: to read less of a pixel wastes bandwidth."""
+"""The smallest unit that caches and memory transfer: to read less of a pixel wastes bandwidth."""
 
 
 @dataclass(frozen=True)
 class Regime:
-    """How the programs of a kernel are cut out of an image.
+    """How a kernel's tiles are cut.
 
-    sectors: of each pixel, at least. vectors: of a tile, held by each thread. max_warps: of one program.
+    sectors: the fewest of each pixel that a tile has. vectors: how many of a tile each thread holds.
+    max_warps: the most of one program.
     """
 
     sectors: int
@@ -24,23 +25,24 @@ class Regime:
     max_warps: int
 
 
-# A program that walks over all pixels of its channels. There are few (32 for 512 channels in 16 bit), so each
-# takes the narrowest slice that wastes no bandwidth, and many warps. Forward, a thread has two vectors in
-# flight. Backward it reads three images, so one of each will do; what it knows about its channels (eight
-# numbers each) takes 64 registers in 16 bit, too many of the 128 that 16 warps would leave it.
+# Kernels whose programs walk over all pixels of their channels. There are few such programs (32 for 512
+# channels in 16 bit), so each takes the narrowest slice that wastes no bandwidth, and many warps. Forward, a
+# thread has two vectors in flight. Backward it reads three images, so one vector of each will do; the
+# statistics and parameters of its eight channels take 64 registers in 16 bit, too many of the 128 that 16
+# warps would leave it.
 WHOLE_FORWARD = Regime(sectors=1, vectors=2, max_warps=16)
 WHOLE_BACKWARD = Regime(sectors=1, vectors=1, max_warps=8)
 
-# Programs that share the pixels. With two sectors of each pixel, a warp's load touches 8 lines of the L1,
-# which looks them up as fast as the L2 delivers; with 8 warps, two or more programs fit on a multiprocessor
-# and hide each other's waiting.
+# Kernels whose programs share the pixels. With two sectors of each pixel, a warp's load touches 8 lines of
+# the L1, whose tag lookups then keep up with what the L2 delivers; with 8 warps, two or more programs fit on
+# a multiprocessor and hide each other's latency.
 CHUNK_FORWARD = Regime(sectors=2, vectors=2, max_warps=8)
 CHUNK_BACKWARD = Regime(sectors=2, vectors=1, max_warps=8)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The pixels and channels that a program holds in registers at a time, and the warps that hold them."""
+    """The block of pixels and channels that a program holds in registers at a time, and its warps."""
 
     pixels: int
     channels: int
@@ -58,7 +60,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def choose_tile(pixels: int, channels: int, itemsize: int, regime: Regime) -> Tile:
-    """As many pixels as the warps can hold; if there are too few, more channels."""
+    """As many of a group's pixels as the warps can hold; where there are fewer, more channels."""
     vector = VECTOR_BYTES // itemsize
     of_a_warp = WARP * vector * regime.vectors
     all_channels = next_power_of_2(channels)
@@ -71,7 +73,7 @@ def choose_tile(pixels: int, channels: int, itemsize: int, regime: Regime) -> Ti
 
 @dataclass(frozen=True)
 class Chunks:
-    """How the pixels of a group are shared: ``count`` programs take ``pixels`` each, the last one fewer."""
+    """``count`` programs share the pixels of a group: ``pixels`` each, and the rest for the last one."""
 
     count: int
     pixels: int
@@ -85,18 +87,19 @@ def _chunks(pixels: int, tile: Tile, values_each: int, most: int | None = None) 
 
 
 def reduction_chunks(pixels: int, tile: Tile) -> Chunks:
-    """For partial sums: 2**14 values each, which makes 64 programs of a 128x128x64 image.
+    """Chunks for partial sums: 2**14 values each, which makes 64 programs of a 128x128x64 image.
 
-    Every program of the next launch reads the partial sums of all chunks: there are never more than 128.
+    Every program of the next launch reads the partial sums of all chunks, so there are at most 128.
     """
     return _chunks(pixels, tile, 2**14, most=128)
 
 
 def elementwise_chunks(pixels: int, tile: Tile) -> Chunks:
-    """For everything else: 2**13 values each, against which reading the per-channel numbers weighs little."""
+    """Chunks for everything else: 2**13 values each, beside which the per-channel numbers are few bytes."""
     return _chunks(pixels, tile, 2**13)
 
 
 FEW_PIXELS = 1024
-"""Up to so many pixels, all groups together, one launch does it all. Model: a program's slice is then at most
-32 KiB an image, read again from the L1 cache, and takes about as long as a second launch would."""
+"""The most pixels, all groups together, for which one launch computes both statistics and results. Model: a
+program's slice is then at most 32 KiB an image, is read again from the L1 cache, and takes about as long as a
+second launch would."""

@@ -16,7 +16,7 @@ SIZES = (3, 1, 64, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5)
 
 @pytest.fixture(params=["triton", "cpu"])
 def device(request: pytest.FixtureRequest) -> str:
-    """Where to run: on the kernels, or on the CPU's own path."""
+    """Device of the inputs: of the kernels, then of the CPU's own path."""
     return request.getfixturevalue("triton_device") if request.param == "triton" else "cpu"
 
 

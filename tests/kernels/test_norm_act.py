@@ -520,7 +520,7 @@ def test_combinations(triton_device, shape, dtype, mode, slopes, dropout, slices
 
 @pytest.fixture(params=["triton", "cpu"])
 def device(request: pytest.FixtureRequest) -> str:
-    """Where to run: on the kernels, or on the reference as the CPU does."""
+    """Device of the inputs: of the kernels, then of the reference on the CPU."""
     return request.getfixturevalue("triton_device") if request.param == "triton" else "cpu"
 
 

@@ -4,9 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +20,7 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"
 ARCH = (9, 0)
 
 OPS = """
+import torch
 from fastpix2pix.kernels import adam, launch, norm_act
 from fastpix2pix.kernels.reference import NormActConfig
 
@@ -98,29 +98,18 @@ def test_launches_of_one_variant_are_compiled_once():
     assert [made.variant for made in launches] == [made.variant for made in collected("cpu")]
 
 
-def broken(variant: Variant) -> SimpleNamespace:
-    """A launch that can't be compiled."""
-    return SimpleNamespace(variant=variant)
-
-
-def dies_on_import(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Variant:
-    file = folder / "dies_on_import.py"
-    file.write_text("import os; os._exit(1)")
-    stand_in = ModuleType(file.stem)
-    stand_in.__file__ = str(file)
-    monkeypatch.setitem(sys.modules, file.stem, stand_in)
-    monkeypatch.syspath_prepend(folder)
-    return Variant(file.stem, "kernel", (), ())
-
-
-def raises(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Variant:
-    return Variant("fastpix2pix.kernels.adam_kernels", "there_is_no_such_kernel", (), ())
-
-
-@pytest.mark.parametrize("fault", [raises, dies_on_import])
-def test_a_kernel_that_fails_is_passed_over(cache, tmp_path, monkeypatch, fault: Callable):
-    bad, (good, *_) = broken(fault(tmp_path, monkeypatch)), collected("meta")
-    assert precompile([bad, good], ARCH, workers=1) == 1
+def test_a_kernel_that_fails_is_passed_over(cache, tmp_path, monkeypatch):
+    """One that raises, and one that takes its worker with it."""
+    deadly = tmp_path / "dies_on_import.py"
+    deadly.write_text("import os; os._exit(1)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, deadly.stem, SimpleNamespace(__file__=str(deadly)))
+    bad = [
+        Variant(deadly.stem, "kernel", (), ()),
+        Variant("fastpix2pix.kernels.adam_kernels", "there_is_no_such_kernel", (), ()),
+    ]
+    launches = [*(SimpleNamespace(variant=variant) for variant in bad), collected("meta")[0]]
+    assert precompile(launches, ARCH, workers=1) == 1
     assert not list(cache.glob("fastpix2pix-*")), "the next start tries again"
 
 

@@ -54,6 +54,15 @@ def test_the_random_state_is_left_alone():
     assert torch.equal(torch.rand(4), expected)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_only_the_last_biases_share_no_launch(precision):
+    """Their sizes are no multiples of 16, which would cost the other tensors of a launch their vectors."""
+    launches = [launch for _, launch in kernel_launches(precision) if launch.name == "adam_update"]
+    sizes = [[master.numel() for master in launch.args[0]] for launch in launches]
+    assert sorted(some for some in sizes if any(size % 16 for size in some)) == [[1], [3]]
+    assert max(map(len, sizes)) > 25, "and the small ones share theirs"
+
+
 def test_labelled_launches_cover_both_presets_without_repeats():
     labelled = kernel_launches("fp16")
     names = {launch.name for _, launch in labelled}
