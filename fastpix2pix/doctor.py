@@ -16,7 +16,7 @@ from fastpix2pix.data.synthetic import synthetic_dataset
 from fastpix2pix.device import choose_device, why_no_gpu
 from fastpix2pix.errors import UserError
 from fastpix2pix.full_checkup import full_checkup
-from fastpix2pix.kernels import launch
+from fastpix2pix.kernels import language
 from fastpix2pix.models import NetworkOptions, build_networks
 from fastpix2pix.training.diagnosis import explain
 from fastpix2pix.training.options import StepOptions
@@ -73,7 +73,7 @@ def precisions(device: torch.device) -> str:
 
 def kernels_compile(device: torch.device) -> str:
     """In a process of its own: it takes a while, and must not depend on what this one has set."""
-    if not launch.HAS_TRITON:
+    if not language.HAS_TRITON:
         raise Skipped("Triton is not installed")
     arch = "80"
     if device.type == "cuda":

@@ -2,34 +2,41 @@
 
 One kernel serves every parameter. A large one has a launch of its own, which can start as soon as its
 gradient is there; small ones (norm weights, biases, the outer convolutions) share launches, because at a few
-microseconds each their number would cost more than their bytes. The tensors of a launch are passed as
-tuples of pointers, ordinary arguments: a captured launch keeps the addresses that it saw, an eager one sees
-those of today's gradients, and no table of addresses has to be kept true.
+microseconds each their number would cost more than their bytes. The tensors of a launch are passed as tuples
+of pointers, ordinary kernel arguments: a captured launch keeps the addresses that it was captured with, an
+eager one takes those of the current gradients, and there is no table of addresses on the device to keep up to
+date.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastpix2pix.kernels.launch import cdiv, launch, tl, triton, use_triton
+from fastpix2pix.kernels import reference
+from fastpix2pix.kernels.adam_kernels import adam_advance, adam_mark_non_finite, adam_update
+from fastpix2pix.kernels.launch import launch, use_triton
+from fastpix2pix.kernels.tiles import cdiv
 
 LARGE = 2**20
 """Elements from which a tensor has its own launch. The gradients of all smaller ones, 1.6 million elements of
 both networks together, can wait in a GPU's L2 cache for a launch that they share."""
 
 MAX_TENSORS = 40
-"""Tensors of one launch. Every program looks for its own among them, a few scalar instructions for each; the
-pointers (5 * 40 * 8 bytes) stay far below the 4 KiB that a kernel's arguments may take."""
+"""The most tensors of one launch. Every program searches them for its own, a few scalar instructions each;
+the pointers (5 * 40 * 8 bytes) stay far below the 4 KiB that a kernel's arguments may take."""
+
+DIVISOR = 16
+"""Triton knows of an integer argument whether it is a multiple of this. Only if all sizes of a launch are, it
+can prove that no vector crosses a tensor's end, and moves all of them in full vectors."""
 
 NUM_WARPS = 4
 BLOCK = NUM_WARPS * 32 * 8
-"""Eight elements a thread: one 16-byte vector of 16-bit values, two of fp32, so that every stream is read and
-written in full vectors; six streams of them take about 50 registers, which leaves 16 programs to a
-multiprocessor and over 200 KB of loads in flight."""
+"""Elements of one program, eight a thread: two 16-byte vectors of each fp32 stream, two 8-byte vectors of
+each 16-bit one. The six streams take about 56 registers, which leaves 9 programs to a multiprocessor and 120
+KB of loads in flight."""
 
 CPU_CHUNK = 2**18
 """Elements of a 16-bit parameter updated at a time on the CPU: the chunk's fp32 gradient and its new masters
@@ -40,7 +47,7 @@ _FAR = 2**62  # a step count at which beta ** step is exactly 0, and PyTorch's b
 
 
 class AdamForm(NamedTuple):
-    """What is fixed about one parameter group; ``keras_eps`` as in ``reference.adam_step``."""
+    """The constants of one parameter group; ``keras_eps`` as in ``reference.adam_step``."""
 
     beta1: float
     beta2: float
@@ -49,10 +56,10 @@ class AdamForm(NamedTuple):
 
 
 class AdamClock(NamedTuple):
-    """What changes from step to step in one parameter group: scalars on the parameters' device.
+    """The state of one parameter group that changes with every step: scalars on the parameters' device.
 
-    step: int64, steps taken so far. lr: float64, the learning rate. alpha, eps_hat: float64, of the step
-    under way, with which both forms of Adam read  w -= alpha * m / (sqrt(v) + eps_hat)  (Kingma & Ba, 2015,
+    step: int64, steps taken so far. lr: float64, the learning rate. alpha, eps_hat: float64, those of the
+    current step, with which both forms of Adam are  w -= alpha * m / (sqrt(v) + eps_hat)  (Kingma & Ba, 2015,
     end of section 2). far: int64, a constant that the CPU path needs.
     """
 
@@ -67,120 +74,6 @@ class AdamClock(NamedTuple):
         step = torch.zeros((), dtype=torch.int64, device=device)
         lr, alpha, eps_hat = torch.zeros(3, dtype=torch.float64, device=device).unbind()
         return cls(step, lr, alpha, eps_hat, torch.full_like(step, _FAR))
-
-
-# ------------------------------------------------------------------------------------------------ kernels
-#
-# masters, exp_avgs, exp_avg_sqs: tuples of fp32 (or fp64) vectors. grads: the same in any float type.
-# workings: 16-bit vectors that receive the rounded masters, or None. sizes: tuple of the vectors' lengths.
-# clock: an ``AdamClock``. grad_scale, found_inf: float32 scalars, or None without a loss scale.
-# BETA1, BETA2, EPS, KERAS_EPS: of an ``AdamForm``.
-#
-# Programs are numbered through the blocks of the first vector, then those of the second, and so on.
-
-
-@triton.jit
-def _own_block(sizes, BLOCK: tl.constexpr):
-    """Which vector this program works on, and which block of it."""
-    program = tl.program_id(0)
-    which = 0
-    block = program
-    first = 0
-    for i in tl.static_range(1, len(sizes)):
-        first += tl.cdiv(sizes[i - 1], BLOCK)
-        which = tl.where(program >= first, i, which)
-        block = tl.where(program >= first, program - first, block)
-    return which, block
-
-
-@triton.jit
-def _pick(choices, which):
-    """``choices[which]`` of a tuple whose members are known when compiling, and ``which`` is not."""
-    chosen = choices[0]
-    for i in tl.static_range(1, len(choices)):
-        chosen = tl.where(which == i, choices[i], chosen)
-    return chosen
-
-
-@triton.jit
-def adam_update(
-    masters,
-    grads,
-    exp_avgs,
-    exp_avg_sqs,
-    workings,
-    sizes,
-    clock,
-    grad_scale,
-    found_inf,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    if found_inf is not None:  # noqa: SIM102 (decided when compiling, the next one when running)
-        if tl.load(found_inf) != 0.0:
-            return
-    which, block = _own_block(sizes, BLOCK)
-    position = block * BLOCK + tl.arange(0, BLOCK)
-    inside = position < _pick(sizes, which)
-    master_at = _pick(masters, which) + position
-    exp_avg_at = _pick(exp_avgs, which) + position
-    exp_avg_sq_at = _pick(exp_avg_sqs, which) + position
-
-    master = tl.load(master_at, mask=inside)
-    m = tl.load(exp_avg_at, mask=inside)
-    v = tl.load(exp_avg_sq_at, mask=inside)
-    g = tl.load(_pick(grads, which) + position, mask=inside).to(master.dtype)
-    if grad_scale is not None:
-        g = g / tl.load(grad_scale).to(master.dtype)
-    alpha = tl.load(clock.alpha).to(master.dtype)
-    eps_hat = tl.load(clock.eps_hat).to(master.dtype)
-
-    m = m + (g - m) * (1 - BETA1)
-    v = v * BETA2 + g * g * (1 - BETA2)
-    master = master - alpha * m / (tl.sqrt(v) + eps_hat)
-
-    tl.store(master_at, master, mask=inside)
-    tl.store(exp_avg_at, m, mask=inside)
-    tl.store(exp_avg_sq_at, v, mask=inside)
-    if workings is not None:
-        tl.store(_pick(workings, which) + position, master, mask=inside)
-
-
-@triton.jit
-def adam_advance(
-    clock,
-    found_inf,
-    LOG2_BETA1: tl.constexpr,
-    LOG2_BETA2: tl.constexpr,
-    EPS: tl.constexpr,
-    KERAS_EPS: tl.constexpr,
-):
-    """One program, once a step, so that no other has to raise anything to a power in fp64."""
-    step = tl.load(clock.step)
-    if found_inf is not None:
-        step += tl.load(found_inf) == 0.0
-    else:
-        step += 1
-    t = step.to(tl.float64)
-    root_c2 = tl.sqrt(1 - tl.exp2(t * LOG2_BETA2))
-    tl.store(clock.step, step)
-    tl.store(clock.alpha, tl.load(clock.lr) * root_c2 / (1 - tl.exp2(t * LOG2_BETA1)))
-    tl.store(clock.eps_hat, tl.full((), EPS, tl.float64) if KERAS_EPS else EPS * root_c2)
-
-
-@triton.jit
-def adam_mark_non_finite(grads, sizes, found_inf, BLOCK: tl.constexpr):
-    """Every offender stores the same 1, so that nobody has to wait for anybody."""
-    which, block = _own_block(sizes, BLOCK)
-    position = block * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(_pick(grads, which) + position, mask=position < _pick(sizes, which), other=0.0)
-    value = g if g.dtype == tl.float64 else g.to(tl.float32)
-    finite = tl.abs(value) < float("inf")  # false for NaN
-    tl.store(found_inf + tl.zeros((BLOCK,), tl.int32), 1.0, mask=finite == 0)
-
-
-# -------------------------------------------------------------------------------------------------- ops
 
 
 def advance(clock: AdamClock, form: AdamForm, found_inf: Tensor | None = None) -> None:
@@ -231,7 +124,7 @@ def mark_non_finite(grads: Sequence[Tensor], found_inf: Tensor) -> None:
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
             reads=mine,
-            writes=(),
+            writes=(found_inf,),
         )
 
 
@@ -253,8 +146,11 @@ def update(
     found_inf: float32 scalars, or None.
     """
     if not use_triton(clock.step):
-        _update_on_cpu(masters, grads, exp_avgs, exp_avg_sqs, workings, clock, form, grad_scale, found_inf)
+        # PyTorch's fused Adam for CUDA takes another type of step and learning rate than the CPU's.
+        plain = _update_on_cpu if clock.step.device.type == "cpu" else _update_by_reference
+        plain(masters, grads, exp_avgs, exp_avg_sqs, workings, clock, form, grad_scale, found_inf)
         return
+    numbers = clock.alpha, clock.eps_hat, grad_scale, found_inf
     for some in _launches(masters):
         state = [_members(tensors, some) for tensors in (masters, grads, exp_avgs, exp_avg_sqs)]
         mine, my_grads, my_exp_avgs, my_exp_avg_sqs = state
@@ -272,21 +168,26 @@ def update(
             BETA2=form.beta2,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
-            reads=(*mine, *my_grads, *my_exp_avgs, *my_exp_avg_sqs),
+            reads=(*(tensor for some in state for tensor in some), *numbers),
             writes=(*mine, *my_exp_avgs, *my_exp_avg_sqs, *(my_workings or ())),
         )
 
 
 def _launches(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """The indices of ``tensors`` launch by launch: small ones together, large ones alone."""
-    small = []
+    """The indices of ``tensors`` launch by launch: large ones alone, small ones together.
+
+    Those whose size is no multiple of ``DIVISOR`` (the networks' last biases) would cost the others their
+    vectors: they share launches of their own.
+    """
+    whole, odd = [], []
     for index, tensor in enumerate(tensors):
         if tensor.numel() >= LARGE:
             yield [index]
         else:
-            small.append(index)
-    for start in range(0, len(small), MAX_TENSORS):
-        yield small[start : start + MAX_TENSORS]
+            (odd if tensor.numel() % DIVISOR else whole).append(index)
+    for small in (whole, odd):
+        for start in range(0, len(small), MAX_TENSORS):
+            yield small[start : start + MAX_TENSORS]
 
 
 def _members(tensors: Sequence[Tensor], indices: list[int]) -> tuple[Tensor, ...]:
@@ -299,6 +200,30 @@ def _sizes(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 
 def _grid(tensors: Sequence[Tensor]) -> tuple[int]:
     return (sum(cdiv(tensor.numel(), BLOCK) for tensor in tensors),)
+
+
+def _update_by_reference(
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    workings: Sequence[Tensor] | None,
+    clock: AdamClock,
+    form: AdamForm,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """On a GPU whose kernels were given up: slow, and as right as the specification."""
+    copies = [None] * len(masters) if workings is None else workings
+    for tensors in zip(masters, grads, exp_avgs, exp_avg_sqs, copies, strict=True):
+        reference.adam_step(
+            *tensors,
+            lr=clock.lr,
+            step=clock.step,
+            **form._asdict(),
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
 
 
 def _update_on_cpu(
@@ -343,31 +268,3 @@ def _update_on_cpu(
         for master, grad, exp_avg, exp_avg_sq, working in zip(*chunks, strict=True):
             fused([master], [scratch[: grad.numel()].copy_(grad)], [exp_avg], [exp_avg_sq])
             working.copy_(master)
-
-
-# ----------------------------------------------------------------------------------------------- specimens
-
-
-def specimens(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """A large weight and the small ones of both networks, of the tutorial at 256x256 (see report.py)."""
-    channels = (128, 256, *(7 * (512,)), 256, 128, 64)
-    norms = [size for size in channels for _ in ("weight", "bias")]
-    outer = [128 * 64 * 16, 256 * 128 * 16]
-    scaled = dtype == torch.float16
-    number = torch.empty(()) if scaled else None
-    clock, form = AdamClock.create(torch.device("cpu")), AdamForm(0.5, 0.999, 1e-7, True)
-
-    def vectors(sizes: Sequence[int], kind: torch.dtype) -> list[Tensor]:
-        return [torch.empty(size, dtype=kind) for size in sizes]
-
-    for label, sizes in (
-        ("weight 512x512x4x4", [512 * 512 * 16]),
-        ("small weights of G", [64 * 3 * 16, *outer, *norms, 256 * 64 * 16, 128 * 3 * 16, 3]),
-        ("small weights of D", [64 * 6 * 16, *outer, 128, 128, 256, 256, 512, 512, 512 * 16, 1]),
-    ):
-        grads, states = vectors(sizes, dtype), [vectors(sizes, torch.float32) for _ in range(3)]
-        workings = None if dtype == torch.float32 else vectors(sizes, dtype)
-        yield label, partial(update, states[0], grads, *states[1:], workings, clock, form, number, number)
-        if scaled:
-            yield label, partial(mark_non_finite, grads, number)
-    yield "step count", partial(advance, clock, form, number)

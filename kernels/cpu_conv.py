@@ -37,7 +37,7 @@ KERNEL_SIZE = 4
 PADDING = 1
 TRANSPOSED_STRIDE = 2
 
-# Where the polynomials behind a tile are evaluated, by number of points; None is infinity, which gives the
+# Where the polynomials of a tile are evaluated, by number of points; None is infinity, which gives the
 # leading coefficient. Of some thousand sets tried, those with the smallest rounding error in float32.
 POINTS = {
     3: (1, -1, None),
@@ -49,8 +49,9 @@ POINTS = {
 # Outputs per tile to choose from, by stride. Larger tiles save more products and round worse.
 OUTPUTS = {1: (1, 2, 3), 2: (1, 2, 3, 4)}
 
-# What a value of an unfolded image, of a tile in another basis and of a weight in another basis costs, there
-# and back, in multiply-adds of a large matrix product. Measured with AVX2: a core does 40 of these in a ns.
+# Cost of a value of an unfolded image, of a tile in another basis and of a weight in another basis, forward
+# and backward together, in multiply-adds of a large matrix product. Measured with AVX2: a core does
+# 40 of those in a ns.
 UNFOLD_COST = 20
 TILE_COST = 50
 WEIGHT_COST = 20
@@ -232,8 +233,9 @@ def _each(matrix: Tensor, tiles: Tensor) -> Tensor:
 
 
 # One matrix product per coordinate of the basis, which is the middle dimension of all matrix forms. With one
-# coordinate and a weight that is larger than the image, the weight goes to the left: measured with MKL, that
-# takes half to nearly all of the time, but three to fifteen times as long for weight^T and 2 to 8 tiles.
+# coordinate and a weight that is larger than the image, the weight is the left factor: measured with MKL,
+# that takes between half and nearly all of the time of the other order, except for weight^T and 2 to 8 tiles,
+# where it takes 3 to 15 times as long.
 
 
 def _small(big: Tensor, weight: Tensor) -> Tensor:
@@ -271,8 +273,8 @@ def choose_tiling(
 def uses_tiles(x: Tensor, weight: Tensor, stride: int) -> bool:
     """Whether a convolution runs here (else it is PyTorch's).
 
-    Not with a single small channel, for which the matrices are too thin. Not where the CPU stands in for a
-    GPU, nor while a graph is exported or compiled: it should say "convolution".
+    Not with a single small channel, for which the matrices are too thin. Not when CPU tensors take the
+    Triton path, nor while a graph is exported or compiled: it should say "convolution".
     """
     return (
         x.device.type == "cpu"
@@ -289,7 +291,7 @@ def uses_tiles(x: Tensor, weight: Tensor, stride: int) -> bool:
 
 @cache
 def _cpu_has(dtype: torch.dtype) -> bool:
-    """Whether this CPU convolves in ``dtype`` by itself."""
+    """Whether this CPU has instructions for ``dtype``, so that convolutions in it are not emulated."""
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if dtype == torch.float16:
@@ -298,7 +300,7 @@ def _cpu_has(dtype: torch.dtype) -> bool:
 
 
 def is_widened(x: Tensor) -> bool:
-    """Whether a convolution of ``x`` is computed in float32 and rounded; not where the CPU plays a GPU."""
+    """Whether a convolution of ``x`` is computed in float32 and rounded; never on the Triton path."""
     return x.device.type == "cpu" and not use_triton(x) and not _cpu_has(x.dtype)
 
 
@@ -307,10 +309,10 @@ def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 class ConvContext(NamedTuple):
-    """What a convolution's backward pass needs of its forward pass.
+    """State of a convolution saved for backward.
 
-    tiling: None where PyTorch's convolution ran. size: of the image that went in. x, weight: what went in,
-    in matrix form (as it was, where there is no tiling) and in the type that is computed in.
+    tiling: None where PyTorch's convolution ran. size: of the input image. x, weight: the inputs in matrix
+    form (unchanged where there is no tiling) and in the type that is computed in.
     """
 
     stride: int
@@ -321,7 +323,7 @@ class ConvContext(NamedTuple):
 
 
 def conv2d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> tuple[Tensor, ConvContext]:
-    """A convolution with padding 1, and what ``conv2d_backward`` needs of it. Not differentiable by itself.
+    """A convolution with padding 1, and its state for ``conv2d_backward``. Not differentiable by itself.
 
     x: (N, in, H, W); weight: (out, in, 4, 4); both are copied if they are not channels-last. bias: (out,).
     """
@@ -347,9 +349,9 @@ def conv2d_backward(
     needs_bias: bool = False,
     rows: slice = slice(None),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias, None where not needed, from the output's.
+    """Gradients of x, weight and bias from the output's; None for those that are not needed.
 
-    rows: the images of the batch that dy is for. The weight's gradient needs all of them.
+    rows: the images of the batch to which dy belongs. The weight's gradient needs all of them.
     """
     if dy.dtype != kept.weight.dtype:
         gradients = conv2d_backward(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which values stored as ``dtype`` are computed with."""
+    """The type in which values that are stored as ``dtype`` are computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -68,7 +68,7 @@ def dropout_mask(x: Tensor, probability: float, rng: Tensor, layer: int) -> Tens
 
 
 class NormActConfig(NamedTuple):
-    """What is fixed about one normalisation + activation + dropout layer.
+    """The constants of one normalisation + dropout + activation layer.
 
     norm: False means activation of ``x + bias`` only.
     training: statistics of the batch (running statistics are updated), or the running statistics.
@@ -78,7 +78,7 @@ class NormActConfig(NamedTuple):
     slope: of the activation below zero: 0 is ReLU, 1 the identity, between them LeakyReLU.
     skip_slope: the same for the second copy; None when there is none.
     dropout: probability of zeroing a value before the activation.
-    layer: the layer's number, which keeps its dropout apart from that of other layers.
+    layer: the layer's number, so that each layer draws another dropout mask.
     """
 
     norm: bool = True
@@ -115,21 +115,21 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(0, (groups, x.shape[0] // groups))
 
 
-_PER_CHANNEL = (1, 3, 4)  # the dimensions of a grouped image that a channel's statistics run over
+_PER_CHANNEL = (1, 3, 4)  # the dimensions over which a grouped image's per-channel statistics are taken
 
 
 def _spread(per_channel: Tensor) -> Tensor:
-    """(groups, C) or (C,) so that it broadcasts against a grouped image."""
+    """(groups, C) or (C,), reshaped to broadcast against a grouped image."""
     return per_channel.reshape(-1, 1, per_channel.shape[-1], 1, 1)
 
 
 def _centred(x: Tensor, mean: Tensor) -> Tensor:
-    """The grouped image around its mean."""
+    """The grouped image minus its mean."""
     return _grouped(x, mean.shape[0]).to(mean.dtype) - _spread(mean)
 
 
 def _scale(rstd: Tensor, weight: Tensor | None) -> Tensor:
-    """What centred values are multiplied with, ready to broadcast."""
+    """The factor of centred values, ready to broadcast."""
     return _spread(rstd if weight is None else rstd * weight)
 
 

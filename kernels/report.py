@@ -1,10 +1,7 @@
 """python -m fastpix2pix.kernels.report: what every kernel compiles to, on every generation of GPU.
 
-A module of kernels takes part by offering ``specimens(dtype)``: pairs of a label (layer and shape) and a
-function without arguments that calls a public op, forward or backward, on ``torch.empty`` tensors of the CPU,
-shaped, typed and sliced as in the networks. The report calls it under ``launch.observed(..., run=False)``:
-nothing is computed, but the op's own launcher chooses kernels, blocks and warps and declares the bytes moved,
-so that what is reported is what would be launched.
+The launches to compile are collected from a real training step that runs on tensors without memory, so that
+what is reported is what would be launched: see ``--launches``.
 
 No GPU is needed: Triton carries the assembler and the disassembler. The latter no longer reads sm_70; there
 the widest access is that of the PTX code.
@@ -16,29 +13,31 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib import import_module
 from itertools import repeat
+from math import prod
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
-from fastpix2pix.kernels import adam, gan_loss, launch, norm_act, tanh_l1
-from fastpix2pix.kernels.launch import REGISTERS, Launch, cdiv, observed
+from fastpix2pix.kernels.language import HAS_TRITON, INTERPRETING
+from fastpix2pix.kernels.launch import Launch
+from fastpix2pix.kernels.tiles import cdiv
+from fastpix2pix.kernels.variants import REGISTERS, WARP, AbsentGPU, Variant
 
-MODULES = (norm_act, gan_loss, tanh_l1, adam)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = ("bf16", "fp16", "fp32")
 
 
 @dataclass(frozen=True)
 class Multiprocessor:
     """What one multiprocessor holds at a time ("Technical Specifications per Compute Capability", CUDA C++
-    Programming Guide); every generation since Volta has 65536 registers.
+    Programming Guide).
     """
 
     warps: int
@@ -57,18 +56,19 @@ MULTIPROCESSORS = {
     120: Multiprocessor(48, 24, 100 * 1024),
 }
 REGISTER_UNIT = 256
-"""Registers are handed to warps in such portions."""
+"""Granularity in which registers are allocated to a warp."""
 RESERVED_SHARED_BYTES = 1024
-"""Shared memory that the system takes from each program, since sm_80."""
+"""Shared memory that CUDA reserves in each program, since sm_80."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel, as one layer launches it, for one architecture.
+    """One launch's kernel, compiled for one architecture.
 
-    stack: bytes per thread in local memory, which is where registers are spilled to. load_bits, store_bits:
-    the widest access of global memory by one thread. occupancy: resident warps over the most there can be, as
-    limited by ``limit``. bytes_moved: of one launch, each operand counted once.
+    stack: bytes per thread in local memory, which is where registers are spilled to. conversions: changes of
+    a tile's layout between threads, most of which go through shared memory. load_bits, store_bits: the widest
+    access of global memory by one thread. occupancy: resident warps over the most there can be, as limited by
+    ``limit``. bytes_moved: of one launch, each operand counted once.
     """
 
     kernel: str
@@ -80,6 +80,7 @@ class Row:
     registers: int
     stack: int
     shared: int
+    conversions: int
     load_bits: int
     store_bits: int
     occupancy: float
@@ -90,41 +91,35 @@ class Row:
 # --------------------------------------------------------------------------------------------- compilation
 
 
-class _Absent:
-    """Stands in for the driver of a GPU of this architecture, as far as compilation asks."""
+@dataclass(frozen=True)
+class Item:
+    """A launch to report on, without its tensors. programs: of its grid."""
 
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch  # Triton caches compiled kernels by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+    label: str
+    dtype: str
+    variant: Variant
+    programs: int
+    bytes_moved: int
 
 
 def collect(
-    dtype: torch.dtype, specimens: Callable[[torch.dtype], Iterator[tuple[str, Callable[[], object]]]]
-) -> list[tuple[str, Launch]]:
-    """All launches of a module's specimens, each with its label."""
-    launches = []
-    for label, call in specimens(dtype):
-        with observed(lambda this, label=label: launches.append((label, this)), run=False):
-            call()
-    return launches
+    launches: Callable[[str], Sequence[tuple[str, Launch]]], dtypes: Sequence[str], layers: Sequence[str]
+) -> list[Item]:
+    """What to report on: the launches in each type whose "kernel label" contains one of ``layers``."""
+    return [
+        Item(label, dtype, this.variant, prod(this.grid), this.bytes_moved)
+        for dtype in dtypes
+        for label, this in launches(dtype)
+        if not layers or any(layer in f"{this.name} {label}" for layer in layers)
+    ]
 
 
-def measure(label: str, dtype: str, this: Launch, arch: int) -> Row:
+def measure(item: Item, arch: int) -> Row:
     """Compile one launch's kernel for ``sm_<arch>`` and read what became of it."""
     from triton.runtime import driver
 
-    driver.set_active(_Absent(arch))
-    compiled = this.compile()
+    driver.set_active(AbsentGPU(arch))
+    compiled = item.variant.compile()
     num_warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     usage, sass = _disassemble(compiled.asm["cubin"])
     registers = int(re.search(r"REG:(\d+)", usage)[1])
@@ -132,20 +127,21 @@ def measure(label: str, dtype: str, this: Launch, arch: int) -> Row:
     code = sass or compiled.asm["ptx"]
     occupancy, limit = _occupancy(arch, num_warps, registers, shared)
     return Row(
-        kernel=this.name,
-        label=label,
-        dtype=dtype,
+        kernel=item.variant.kernel,
+        label=item.label,
+        dtype=item.dtype,
         arch=arch,
         num_warps=num_warps,
-        programs=torch.Size(this.grid).numel(),
+        programs=item.programs,
         registers=registers,
         stack=stack,
         shared=shared,
+        conversions=compiled.asm["ttgir"].count("ttg.convert_layout"),
         load_bits=_widest(code, r"LDG\.E|ld\.global"),
         store_bits=_widest(code, r"STG\.E|st\.global"),
         occupancy=occupancy,
         limit=limit,
-        bytes_moved=this.bytes_moved,
+        bytes_moved=item.bytes_moved,
     )
 
 
@@ -178,73 +174,89 @@ def _widest(code: str, access: str) -> int:
 
 def _occupancy(arch: int, num_warps: int, registers: int, shared: int) -> tuple[float, str]:
     """Resident warps over the most there can be, and what limits them."""
-    limits = MULTIPROCESSORS[arch]
-    portion = cdiv(registers * 32, REGISTER_UNIT) * REGISTER_UNIT
+    # A variation that is not in the table is like the generation that it belongs to.
+    limits = MULTIPROCESSORS[max(known for known in MULTIPROCESSORS if known <= arch)]
+    allocated = cdiv(registers * WARP, REGISTER_UNIT) * REGISTER_UNIT
     reserved = RESERVED_SHARED_BYTES if arch >= 80 else 0
     programs = {
         "warps": limits.warps // num_warps,
         "programs": limits.programs,
-        "registers": REGISTERS // (portion * num_warps),
+        "registers": REGISTERS // (allocated * num_warps),
         "shared memory": limits.shared_bytes // max(shared + reserved, 1),
     }
     limit = min(programs, key=programs.get)
     return programs[limit] * num_warps / limits.warps, limit
 
 
-def rows(arch: int, dtypes: Sequence[str], layers: Sequence[str]) -> list[Row]:
-    """The report for one architecture: the layers whose label contains one of ``layers``; all for none."""
-    return [
-        measure(label, dtype, this, arch)
-        for dtype in dtypes
-        for module in MODULES
-        for label, this in collect(DTYPES[dtype], module.specimens)
-        if not layers or any(layer in label for layer in layers)
-    ]
+def rows(items: Sequence[Item], arch: int) -> list[Row]:
+    """The report for one architecture."""
+    return [measure(item, arch) for item in items]
 
 
 # ------------------------------------------------------------------------------------------------- command
 
 
 def table(by_arch: Sequence[Sequence[Row]]) -> str:
-    """Text with a line for each launch: registers by architecture, of everything else the worst of them."""
+    """Text with a line for each launch: registers by architecture, everything else for the worst of them."""
     architectures = [some[0].arch for some in by_arch]
     width = max(4 * len(architectures), len("registers")) + 1
     lines = [
         "registers: " + "/".join(f"sm_{arch}" for arch in architectures),
-        f"{'kernel':<26}{'layer':<38}{'type':<6}{'programs':>8}{'warps':>6}  {'registers':<{width}}"
-        f"{'stack':>5}{'shared':>7}{'load':>5}{'store':>6}  {'occupancy, limit':<28}{'kB moved':>9}",
+        f"{'kernel':<26}{'layer':<34}{'type':<6}{'programs':>8}{'warps':>6}  {'registers':<{width}}"
+        f"{'stack':>5}{'shared':>7}{'conv':>5}{'load':>5}{'store':>6}  "
+        f"{'occupancy, limit':<28}{'kB moved':>9}",
     ]
     for same in zip(*by_arch, strict=True):
         one, least = same[0], min(same, key=lambda row: row.occupancy)
         registers = "/".join(str(row.registers) for row in same)
         limit = f"{least.occupancy:.0%} {least.limit} sm_{least.arch}"
         lines.append(
-            f"{one.kernel:<26}{one.label:<38}{one.dtype:<6}{one.programs:>8}{one.num_warps:>6}  "
+            f"{one.kernel:<26}{one.label:<34}{one.dtype:<6}{one.programs:>8}{one.num_warps:>6}  "
             f"{registers:<{width}}{max(row.stack for row in same):>5}{max(row.shared for row in same):>7}"
+            f"{max(row.conversions for row in same):>5}"
             f"{min(row.load_bits for row in same):>5}{min(row.store_bits for row in same):>6}  "
             f"{limit:<28}{one.bytes_moved / 1e3:>9.1f}"
         )
     return "\n".join(lines)
 
 
+def _function(name: str) -> Callable[[str], Sequence[tuple[str, Launch]]]:
+    module, _, function = name.partition(":")
+    try:
+        return getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        sys.exit(f"error: --launches {name}: {error}; give it as MODULE:FUNCTION")
+
+
 def main(
     arch: Annotated[tuple[int, ...], tyro.conf.arg(help="compute capabilities, such as 80 90")] = tuple(
         MULTIPROCESSORS
     ),
-    dtype: Annotated[tuple[str, ...], tyro.conf.arg(help="of bf16, fp16, fp32")] = tuple(DTYPES),
-    layer: Annotated[tuple[str, ...], tyro.conf.arg(help="parts of labels; all layers without")] = (),
+    dtype: Annotated[tuple[str, ...], tyro.conf.arg(help="of bf16, fp16, fp32")] = DTYPES,
+    layer: Annotated[
+        tuple[str, ...], tyro.conf.arg(help='parts of "kernel label", such as gan_loss or 64x64x128')
+    ] = (),
+    launches: Annotated[
+        str,
+        tyro.conf.arg(
+            metavar="MODULE:FUNCTION",
+            help="what to compile: a function that takes bf16, fp16 or fp32 and returns pairs of a label and "
+            "a Launch, such as fastpix2pix.kernels.launch.observed(..., run=False) collects",
+        ),
+    ] = "fastpix2pix.training.trace:kernel_launches",
     json_file: Annotated[Path | None, tyro.conf.arg(name="json", help="write the rows here as well")] = None,
 ) -> None:
-    """Compile every kernel for every layer of both presets at 256x256, and print what became of it."""
-    if not launch.HAS_TRITON:
+    """Compile every kernel of a training step (by default of both presets at 256x256); print the results."""
+    if not HAS_TRITON:
         sys.exit("error: Triton is not installed; pip install triton")
-    if launch.INTERPRETING:
+    if INTERPRETING:
         sys.exit("error: TRITON_INTERPRET is set, so nothing is compiled; unset it")
+    items = collect(_function(launches), dtype, layer)
+    if not items:
+        sys.exit(f"error: no launch is called {' or '.join(layer)}; leave out --layer to see them all")
     workers = min(len(arch), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        by_arch = list(pool.map(rows, arch, repeat(dtype), repeat(layer)))
-    if not by_arch[0]:
-        sys.exit(f"error: no layer is called {' or '.join(layer)}; leave out --layer to see them all")
+        by_arch = list(pool.map(rows, repeat(items), arch))
     print(table(by_arch))
     if json_file is not None:
         data = [asdict(row) for some in by_arch for row in some]

@@ -1,26 +1,18 @@
 """tanh + L1 of the generator's last layer, with its gradient, as one differentiable op."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpix2pix.kernels import reference
-from fastpix2pix.kernels.launch import (
-    DTYPES,
-    as_pixels,
-    cdiv,
-    launch,
-    next_power_of_2,
-    pixel_stride,
-    tl,
-    triton,
-    use_triton,
-)
+from fastpix2pix.kernels.images import as_pixels, output_like, pixel_stride
+from fastpix2pix.kernels.language import ImagePointer
+from fastpix2pix.kernels.launch import DTYPES, launch, use_triton
 from fastpix2pix.kernels.reference import compute_dtype
+from fastpix2pix.kernels.tanh_l1_kernels import tanh_l1_backward_map, tanh_l1_forward_map, tanh_l1_sums
+from fastpix2pix.kernels.tiles import cdiv, next_power_of_2
 
 NUM_WARPS = 4
 BLOCK = NUM_WARPS * 32 * 8
@@ -30,142 +22,13 @@ BLOCK = NUM_WARPS * 32 * 8
 SUM_BLOCK = 1024
 """Partial sums that the last launch reads at a time: those of five such images."""
 
-# ------------------------------------------------------------------------------------------------ kernels
-#
-# Images of 3 channels have no vector in a pixel, so they are walked through value by value: position
-# p * channels + c is channel c of pixel p. An ``Image`` whose stride is None has its values side by side
-# and moves in full vectors; a slice of a wider buffer is addressed pixel by pixel.
-#
-# x, fake, target, dfake, dx: ``Image``s. bias: (channels,) or None. dl1: scalar or None.
-# partials: (programs, sums), what each program adds to the results; in the type that is computed in.
-# total: values of one image. CHANNELS: channels. DTYPE: the type that is computed in.
 
-
-class Image(NamedTuple):
-    """pointer: to the first pixel. stride: elements from one pixel to the next, or None where that is the
-    number of channels.
-    """
-
-    pointer: Any
-    stride: Any
-
-
-@triton.jit
-def _start(BLOCK: tl.constexpr):
-    """Position of this program's first value; in 64 bits, for batches of more than 2**31 values."""
-    return tl.program_id(0).to(tl.int64) * BLOCK
-
-
-@triton.jit
-def _split(CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """The program's values as (pixels after the first value's, channel), for which 32 bits are enough."""
-    i = (_start(BLOCK) % CHANNELS).to(tl.int32) + tl.arange(0, BLOCK)
-    return i // CHANNELS, i % CHANNELS
-
-
-@triton.jit
-def _pointers(image, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    start = _start(BLOCK)
-    if image.stride is None:
-        return image.pointer + start + tl.arange(0, BLOCK)
-    else:
-        pixel, channel = _split(CHANNELS, BLOCK)
-        return image.pointer + start // CHANNELS * image.stride + pixel * image.stride + channel
-
-
-@triton.jit
-def _load(image, inside, CHANNELS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    return tl.load(_pointers(image, CHANNELS, BLOCK), mask=inside, other=0.0).to(DTYPE)
-
-
-@triton.jit
-def _tanh(x):
-    """-m / (2 + m) with m = exp(-2 |x|) - 1, which is exact to rounding for small x too: where exp rounds,
-    the logarithm of its result says by how much (Kahan; Higham, 2002, section 1.14.1)."""
-    y = -2.0 * tl.abs(x)
-    y = tl.where(y < -40.0, -40.0, y)  # there tanh is 1, also in fp64
-    e = tl.exp(y)
-    m = tl.where(e == 1.0, y, (e - 1.0) * (y / tl.where(e == 1.0, 1.0, tl.log(e))))
-    t = -m / (2.0 + m)
-    return tl.where(x < 0, -t, t)
-
-
-@triton.jit
-def tanh_l1_forward_map(
-    x,
-    bias,
-    target,
-    fake,
-    partials,
-    total,
-    CHANNELS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    inside = _start(BLOCK) + tl.arange(0, BLOCK) < total
-    z = _load(x, inside, CHANNELS, DTYPE, BLOCK)
-    if bias is not None:
-        _, channel = _split(CHANNELS, BLOCK)
-        z += tl.load(bias + channel, mask=inside, other=0.0).to(DTYPE)
-    value = _tanh(z).to(fake.pointer.dtype.element_ty)
-    tl.store(_pointers(fake, CHANNELS, BLOCK), value, mask=inside)
-    distance = tl.abs(value.to(DTYPE) - _load(target, inside, CHANNELS, DTYPE, BLOCK))
-    tl.store(partials + tl.program_id(0), tl.sum(tl.where(inside, distance, 0.0)))
-
-
-@triton.jit
-def tanh_l1_backward_map(
-    dfake,
-    dl1,
-    fake,
-    target,
-    dx,
-    partials,
-    total,
-    CHANNELS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    inside = _start(BLOCK) + tl.arange(0, BLOCK) < total
-    value = _load(fake, inside, CHANNELS, DTYPE, BLOCK)
-    gradient = tl.zeros_like(value)
-    if dfake is not None:
-        gradient += _load(dfake, inside, CHANNELS, DTYPE, BLOCK)
-    if dl1 is not None:
-        distance = value - _load(target, inside, CHANNELS, DTYPE, BLOCK)
-        each = tl.load(dl1).to(DTYPE) / total
-        gradient += tl.where(distance > 0, each, tl.where(distance < 0, -each, 0.0))
-    gradient *= (1.0 - value) * (1.0 + value)
-    tl.store(_pointers(dx, CHANNELS, BLOCK), gradient, mask=inside)
-    if partials is not None:
-        _, channel = _split(CHANNELS, BLOCK)
-        for c in range(CHANNELS):
-            mine = inside & (channel == c)
-            tl.store(partials + tl.program_id(0) * CHANNELS + c, tl.sum(tl.where(mine, gradient, 0.0)))
-
-
-@triton.jit
-def tanh_l1_sums(
-    partials, result, programs, divisor, SUMS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SUMS: tl.constexpr
-):
-    """``result[i]``: the sum of the partial sums ``[:, i]``, always in the same order, over ``divisor``."""
-    column = tl.arange(0, BLOCK_SUMS)
-    sums = tl.zeros((BLOCK, BLOCK_SUMS), partials.dtype.element_ty)
-    for start in range(0, programs, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        inside = (row < programs)[:, None] & (column < SUMS)[None, :]
-        sums += tl.load(partials + row[:, None] * SUMS + column[None, :], mask=inside, other=0.0)
-    tl.store(result + column, tl.sum(sums, 0) / divisor, mask=column < SUMS)
-
-
-# -------------------------------------------------------------------------------------------------- ops
-
-
-def _image(image: Tensor | None) -> Image | None:
+def _image(image: Tensor | None) -> ImagePointer | None:
+    """The kernels' argument; its stride is None where pixels lie side by side."""
     if image is None:
         return None
     stride = pixel_stride(image)
-    return Image(image, None if stride == image.shape[1] else stride)
+    return ImagePointer(image, None if stride == image.shape[1] else stride)
 
 
 def _programs(image: Tensor) -> int:
@@ -208,12 +71,7 @@ def tanh_l1_forward(
     if not use_triton(x):
         return reference.tanh_l1_forward(x, bias, target, out)
     x, target = as_pixels(x), as_pixels(target)
-    fake = torch.empty_like(x, memory_format=torch.channels_last) if out is None else out
-    if fake.shape != x.shape or fake.dtype != x.dtype or pixel_stride(fake) is None:
-        raise ValueError(
-            f"out is {fake.dtype} {tuple(fake.shape)} with strides {fake.stride()}; it must be {x.dtype} "
-            f"{tuple(x.shape)}, a channels-last image or a slice of one's channels"
-        )
+    fake = output_like(x, out)
     l1 = torch.empty((), dtype=compute_dtype(x.dtype), device=x.device)
     partials = l1.new_empty((_programs(x), 1))
     launch(
@@ -241,7 +99,7 @@ def tanh_l1_backward(
         return reference.tanh_l1_backward(dfake, dl1, fake, target, bias)
     fake, target = as_pixels(fake), as_pixels(target)
     dfake = None if dfake is None else as_pixels(dfake)
-    dx = torch.empty_like(fake, memory_format=torch.channels_last)
+    dx = output_like(fake)
     dbias = partials = None
     if bias is not None:
         dbias = torch.empty_like(bias)
@@ -290,16 +148,3 @@ def tanh_l1(
     tensor that shares it.
     """
     return _TanhL1.apply(x, bias, target, (out,))
-
-
-# ----------------------------------------------------------------------------------------------- specimens
-
-
-def specimens(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """One 256x256 image on its way into the discriminator's input, and back (see report.py)."""
-    pairs = torch.empty((2, 6, 256, 256), dtype=dtype, memory_format=torch.channels_last)
-    x = torch.empty((1, 3, 256, 256), dtype=dtype, memory_format=torch.channels_last)
-    fake, bias = pairs[1:, 3:], torch.empty(3)
-    label = "256x256x3"
-    yield label, partial(tanh_l1_forward, x, bias, x, fake)
-    yield label, partial(tanh_l1_backward, fake, torch.empty(()), fake, x, bias)

@@ -16,10 +16,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 from fastpix2pix import host_memory  # noqa: E402 (after the variable is set)
-from fastpix2pix.kernels import launch  # noqa: E402
+from fastpix2pix.kernels import language, launch  # noqa: E402
 
-if launch.INTERPRETING:
-    launch.triton.knobs.runtime.interpret = True  # for the rest of this process ...
+if language.INTERPRETING:
+    language.triton.knobs.runtime.interpret = True  # for the rest of this process ...
 os.environ.pop("TRITON_INTERPRET", None)  # ... and not for its children
 launch.kernels_on_cpu = False
 # A training keeps what it frees, until its process ends; of this process that would be everybody's memory.
@@ -51,7 +51,7 @@ def _patch_language_once_a_launch() -> None:
     interpreter._patch_lang = patch_once
 
 
-if launch.INTERPRETING:
+if language.INTERPRETING:
     _patch_language_once_a_launch()
 
 
@@ -78,7 +78,7 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> str:
     """Device on which every op runs its Triton kernels: compiled where there is a GPU, else interpreted."""
     if torch.cuda.is_available():
         return "cuda"
-    if not launch.INTERPRETING:
+    if not language.INTERPRETING:
         pytest.skip("Triton is not installed")
     monkeypatch.setattr(launch, "kernels_on_cpu", True)
     return "cpu"

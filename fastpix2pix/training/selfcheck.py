@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastpix2pix.errors import UserError
-from fastpix2pix.kernels import launch
+from fastpix2pix.kernels import language, launch
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
 from fastpix2pix.training.diagnosis import explain, is_out_of_memory
 from fastpix2pix.training.graph import CapturedStep
@@ -111,7 +111,7 @@ def verify_or_fall_back(
     began = time.perf_counter()
     lost: list[str] = []
     ways = [(True, True), (True, False), (False, True), (False, False)]
-    had_kernels = launch.kernels_on_gpu and launch.HAS_TRITON
+    had_kernels = launch.kernels_on_gpu and language.HAS_TRITON
     for kernels, captured in ways:
         if (captured and not graph) or (kernels and not had_kernels):
             continue

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -284,31 +284,50 @@ class Comparison:
 # --------------------------------------------------------------------------------------------------- jobs
 
 
-def each_kernel_once(dtype: str) -> Callable[[], object]:
-    """The first launch of every kernel among the specimens."""
-    from fastpix2pix.kernels import report
+def _launches(precision: str) -> list:
+    """The different launches of a step of both presets at 256x256, on memory of the CPU."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    from fastpix2pix.training.trace import kernel_launches
+
+    storages = {}
+
+    def in_memory(t: torch.Tensor) -> torch.Tensor:
+        traced = t.untyped_storage()
+        if traced._cdata not in storages:
+            storages[traced._cdata] = torch.empty(traced.nbytes(), dtype=torch.uint8).untyped_storage()
+        empty = torch.empty(0, dtype=t.dtype)
+        return empty.set_(storages[traced._cdata], t.storage_offset(), t.shape, t.stride())
+
+    return [
+        this._replace(
+            args=tree_map_only(torch.Tensor, in_memory, this.args),
+            reads=tree_map_only(torch.Tensor, in_memory, tuple(this.reads)),
+            writes=tree_map_only(torch.Tensor, in_memory, tuple(this.writes)),
+        )
+        for _, this in kernel_launches(precision)
+    ]
+
+
+def _again(launches: Iterable) -> Callable[[], object]:
     from fastpix2pix.kernels.launch import launch
 
-    collected = [
-        this
-        for module in report.MODULES
-        for _, this in report.collect(report.DTYPES[dtype], module.specimens)
-    ]
-    first = {this.name: this for this in reversed(collected)}
-
     def launch_them() -> None:
-        for this in first.values():
+        for this in launches:
             launch(this.kernel, this.grid, *this.args, reads=this.reads, writes=this.writes, **this.options)
 
     return launch_them
 
 
-def every_layer(dtype: str) -> Callable[[], object]:
-    """Every kernel as every layer of both presets launches it at 256x256."""
-    from fastpix2pix.kernels import report
+def each_kernel_once(precision: str) -> Callable[[], object]:
+    """The first launch of every kernel."""
+    return _again({this.name: this for this in reversed(_launches(precision))}.values())
 
-    calls = [call for module in report.MODULES for _, call in module.specimens(report.DTYPES[dtype])]
-    return lambda: [call() for call in calls]
+
+def every_layer(precision: str) -> Callable[[], object]:
+    """Every kernel as every layer of both presets launches it at 256x256."""
+    return _again(_launches(precision))
 
 
 def train_step(preset: str, precision: str, *numbers: str) -> Callable[[], object]:

@@ -16,7 +16,7 @@ SIZES = (3, 1, 64, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5)
 
 @pytest.fixture(params=["triton", "cpu"])
 def device(request: pytest.FixtureRequest) -> str:
-    """Where to run: on the kernels, or on the CPU's own path."""
+    """Device of the inputs: of the kernels, then of the CPU's own path."""
     return request.getfixturevalue("triton_device") if request.param == "triton" else "cpu"
 
 
@@ -184,10 +184,18 @@ def test_finds_every_value_that_is_not_finite(device, dtype):
 
 def test_small_tensors_share_launches_and_large_ones_do_not(triton_device, monkeypatch):
     monkeypatch.setattr(adam, "LARGE", 5000)
-    tensors = Tensors((5, 6000, 7, 5000, 8), torch.float32, torch.bfloat16, triton_device)
+    tensors = Tensors((5, 6000, 16, 5000, 7, 48), torch.float32, torch.bfloat16, triton_device)
     seen = []
     with launch.observed(seen.append):
         tensors.step(KERAS, 1e-2)
     tensors.check()
-    assert [(seen.name, len(seen.writes)) for seen in seen[1:]] == [("adam_update", n) for n in (4, 4, 12)]
-    assert [seen.bytes_moved for seen in seen[1:]] == [(14 + 14) * n for n in (6000, 5000, 20)]
+    assert [(seen.name, len(seen.writes)) for seen in seen[1:]] == [("adam_update", n) for n in (4, 4, 8, 8)]
+    # Apart by whether vectors of 16 bytes fill them.
+    assert [seen.bytes_moved for seen in seen[1:]] == [(14 + 14) * n for n in (6000, 5000, 64, 12)]
+
+
+def test_the_search_for_non_finite_gradients_declares_what_it_writes(triton_device):
+    found_inf, seen = torch.zeros((), device=triton_device), []
+    with launch.observed(seen.append):
+        adam.mark_non_finite([torch.ones(5, device=triton_device)], found_inf)
+    assert [made is found_inf for made in seen[0].writes] == [True]

@@ -8,12 +8,12 @@ import torch
 from address_recorder import Recording, in_order, recorded
 from small_steps import small_step
 
-from fastpix2pix.kernels import adam, launch
-from fastpix2pix.kernels.launch import tl, triton
+from fastpix2pix.kernels import adam, language, launch
+from fastpix2pix.kernels.language import tl, triton
 from fastpix2pix.kernels.norm_act import norm_act
 from fastpix2pix.kernels.reference import NormActConfig
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETING, reason="needs Triton's interpreter")
+pytestmark = pytest.mark.skipif(not language.INTERPRETING, reason="needs Triton's interpreter")
 
 
 def assert_clean(recording: Recording) -> None:

@@ -1,4 +1,4 @@
-"""How launches are observed, and what the kernels compile to."""
+"""What the kernels compile to, by the compile report: the launches of a real step of both presets."""
 
 import json
 import os
@@ -7,21 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from fastpix2pix.kernels import launch, report
-from fastpix2pix.kernels import norm_act as kernels
-from fastpix2pix.kernels.reference import NormActConfig
+from fastpix2pix.kernels import report
+from fastpix2pix.kernels.language import HAS_TRITON
 
-pytestmark = pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 NO_IMAGE_WRITTEN = {"norm_act_statistics", "norm_act_backward_sums"}
-"""What these write are partial sums, but for the backward pass of a layer without statistics."""
+"""These write partial sums, except in the backward pass of a layer without statistics."""
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """A process of its own, since kernels are interpreted in this one."""
+    """The command, in a process of its own: in this one kernels are interpreted."""
     return subprocess.run(
         [sys.executable, "-m", "fastpix2pix.kernels.report", *arguments],
         capture_output=True,
@@ -51,8 +49,12 @@ def check_norm_act(rows: list[dict]) -> None:
         assert row["occupancy"] * report.MULTIPROCESSORS[row["arch"]].warps >= row["num_warps"], row
 
 
-# One layer of each regime, the second with dropout: all six kernels of norm_act.
-LAYERS = ("tutorial down 64x64x128", "junyanz up 16x16x512")
+# A layer of each regime, the first with a skip connection and the second with dropout: all six kernels.
+LAYERS = (
+    "norm_act_statistics tutorial 64x64x128",
+    "tutorial 64x64x128 skip",
+    "junyanz 16x16x512 dropout",
+)
 
 
 def test_kernels_compile_for_all_gpus_in_16_bit(tmp_path):
@@ -77,7 +79,32 @@ def test_refuses_to_report_on_interpreted_kernels():
 
 def test_names_a_layer_that_there_is_not():
     done = command("--layer", "attention", "--arch", "80", "--dtype", "fp32")
-    assert done.returncode == 1 and "no layer is called attention" in done.stderr
+    assert done.returncode == 1 and "no launch is called attention" in done.stderr
+
+
+def test_reports_on_the_launches_of_any_function(tmp_path):
+    """Also a launch of one's own, here of a tensor that no network has."""
+    (tmp_path / "my_step.py").write_text(
+        "import torch\n"
+        "from fastpix2pix.kernels.gan_loss import gan_loss\n"
+        "from fastpix2pix.kernels.launch import observed\n"
+        "def launches(precision):\n"
+        "    logits = torch.empty(2, 1, 9, 9, device='meta', dtype={'bf16': torch.bfloat16}[precision])\n"
+        "    seen = []\n"
+        "    with observed(seen.append, run=False):\n"
+        "        gan_loss(logits)\n"
+        "    return [('mine 9x9', launch) for launch in seen]\n"
+    )
+    file = tmp_path / "rows.json"
+    arguments = ["--launches", "my_step:launches", "--arch", "90", "--dtype", "bf16", "--json", str(file)]
+    done = command(*arguments, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(file.read_text())
+    assert (row["kernel"], row["label"], row["programs"]) == ("gan_loss_both", "mine 9x9", 1)
+    assert row["bytes_moved"] == (162 + 162 + 81) * 2 + 4 * 4  # logits, both gradients; four losses
+
+    done = command("--launches", "my_step:none", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and "my_step:none" in done.stderr and "MODULE:FUNCTION" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -104,53 +131,8 @@ def test_reads_the_widest_access(code, loads, stores):
         (86, 1, 32, 0, 16 / 48, "programs"),
         (90, 4, 32, 113 * 1024, 8 / 64, "shared memory"),  # each program takes one KiB more
         (70, 4, 32, 48 * 1024, 8 / 64, "shared memory"),
+        (87, 8, 32, 0, 1.0, "warps"),  # as sm_86, whose multiprocessors hold 48 warps
     ],
 )
 def test_occupancy(arch, num_warps, registers, shared, occupancy, limit):
     assert report._occupancy(arch, num_warps, registers, shared) == (occupancy, limit)
-
-
-# ---------------------------------------------------------------------------------------- observed launches
-
-
-def forward(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    config = NormActConfig(slope=0.2)
-    return kernels.norm_act_forward(x, None, None, None, None, None, config, out).y
-
-
-def image(*shape: int, device: str) -> torch.Tensor:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return values.to(device, memory_format=torch.channels_last)
-
-
-def test_launches_are_seen_in_order_and_can_run_again(triton_device):
-    x = image(1, 4, 40, 40, device=triton_device)
-    launches = []
-    with launch.observed(launches.append):
-        y = forward(x)
-    assert [this.name for this in launches] == ["norm_act_statistics", "norm_act_forward_apply"]
-    x.copy_(image(1, 4, 40, 40, device=triton_device).flip(2) * 3 + 1)
-    for this in launches:
-        this.run()
-    assert torch.equal(y, forward(x)), "the same tensors, computed again"
-    assert len(launches) == 2, "nothing is seen outside"
-
-
-def test_bytes_are_those_of_the_operands(triton_device):
-    x = image(1, 12, 8, 8, device=triton_device)
-    out = torch.zeros((1, 24, 8, 8), device=triton_device).to(memory_format=torch.channels_last)[:, :12]
-    launches = []
-    with launch.observed(launches.append):
-        forward(x, out)
-    (this,) = launches
-    assert this.bytes_moved == 2 * 12 * 64 * 4 + 2 * 12 * 4  # x, y; mean and rstd; not the slice's neighbours
-
-
-def test_planned_launches_compute_nothing():
-    x = image(1, 12, 8, 8, device="cpu")
-    out = torch.full_like(x, 7.0)
-    launches = []
-    with launch.observed(launches.append, run=False):
-        forward(x, out)
-    assert len(launches) == 1 and (out == 7.0).all()
-    assert not launch.use_triton(x), "the CPU has its reference again"

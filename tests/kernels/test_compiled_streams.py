@@ -1,18 +1,19 @@
 """The machine code of tanh_l1 and Adam: nothing spilled, full vectors wherever values lie side by side.
 
-One older and one newer architecture; test_report.py has all of them, in its slow test.
+One older and one newer architecture, a sample of Adam's launches; the slow test has all of them.
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fastpix2pix.kernels import launch
+from fastpix2pix.kernels.language import HAS_TRITON
 
-pytestmark = pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 SLICES = {"tanh_l1_forward_map"}
 """What these write is three channels of six, which no vector holds."""
@@ -20,31 +21,54 @@ SLICES = {"tanh_l1_forward_map"}
 SUMS = {"tanh_l1_sums"}
 """What these read fits in one cache line per thread or two."""
 
+ADAM = {"adam_update", "adam_mark_non_finite"}
 
-def test_streams_move_in_full_vectors(tmp_path: Path):
-    file = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "fastpix2pix.kernels.report", "--json", str(file)]
-    command += [
-        "--arch",
-        "70",
-        "100",
-        "--dtype",
-        "fp16",
-        "fp32",
-        "--layer",
-        "256x256x3",
-        "weight 512x512x4x4",
-    ]
+LAYERS = (
+    "tanh_l1",
+    "tutorial 4194304 values",  # a large weight
+    "tutorial 33 tensors",  # all small ones of the generator, in fp32
+    "tutorial 28 tensors",  # those that stay in fp32 in a 16-bit generator
+    "tutorial 3 values",  # its last bias
+)
+
+
+def compiled(file: Path, *arguments: str) -> list[dict]:
+    command = [sys.executable, "-m", "fastpix2pix.kernels.report", "--json", str(file), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(file.read_text())
-    kernels = {row["kernel"] for row in rows}
-    assert kernels == SLICES | SUMS | {"tanh_l1_backward_map", "adam_update", "adam_mark_non_finite"}
+    return json.loads(file.read_text())
+
+
+def values(row: dict) -> int:
+    """Elements that an Adam launch works on."""
+    return int(re.search(r"(\d+) values", row["label"])[1])
+
+
+def check(rows: list[dict]) -> None:
+    assert {row["kernel"] for row in rows} == SLICES | SUMS | ADAM | {"tanh_l1_backward_map"}
+    odd = [row for row in rows if row["kernel"] in ADAM and values(row) % 16]
+    assert {values(row) for row in odd} <= {1, 3}, "the last biases"
     for row in rows:
         assert row["stack"] == 0, row
-        if row["kernel"] not in SUMS:
+        if row["kernel"] not in SUMS and row not in odd:
             assert row["load_bits"] == 128, row
             writes_stream = row["kernel"] not in SLICES | {"adam_mark_non_finite"}
             assert row["store_bits"] == 128 or not writes_stream, row
             # At most 64 registers: half of an H100's warps or more.
             assert row["registers"] <= 64, row
+        if row["kernel"] == "adam_update":
+            # Results go to memory from the threads that computed them, not through shared memory.
+            assert row["conversions"] == row["shared"] == 0, row
+
+
+def test_streams_move_in_full_vectors(tmp_path):
+    rows = compiled(
+        tmp_path / "rows.json", "--arch", "70", "100", "--dtype", "fp16", "fp32", "--layer", *LAYERS
+    )
+    check(rows)
+    assert all(any(layer in f"{row['kernel']} {row['label']}" for row in rows) for layer in LAYERS)
+
+
+@pytest.mark.slow
+def test_streams_move_in_full_vectors_on_all_gpus(tmp_path):
+    check(compiled(tmp_path / "rows.json", "--layer", "tanh_l1", *ADAM))

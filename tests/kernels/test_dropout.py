@@ -15,7 +15,7 @@ ONLY_DROPOUT = NormActConfig(norm=False, slope=1.0, dropout=0.5)
 
 @pytest.fixture(params=["triton", "cpu"])
 def device(request: pytest.FixtureRequest) -> str:
-    """Where to run: on the kernels, or on the reference as the CPU does."""
+    """Device of the inputs: of the kernels, then of the reference on the CPU."""
     return request.getfixturevalue("triton_device") if request.param == "triton" else "cpu"
 
 

@@ -23,12 +23,12 @@ FLOAT32 = {"cpu": 2e-6, "cuda": 1e-5}
 
 @pytest.fixture(params=["triton", "cpu"])
 def device(request: pytest.FixtureRequest) -> str:
-    """Where to run: on the kernels, or on the reference as the CPU does."""
+    """Device of the inputs: of the kernels, then of the reference on the CPU."""
     return request.getfixturevalue("triton_device") if request.param == "triton" else "cpu"
 
 
 def logits(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
-    """Undecided, decided and extreme ones."""
+    """Logits near 0, of usual size and extreme."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 4
     x.view(-1)[::7] *= 1e-3
     x.view(-1)[3::11] *= 25

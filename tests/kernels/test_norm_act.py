@@ -16,7 +16,7 @@ from rounding import assert_stored
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpix2pix.kernels import launch, reference
+from fastpix2pix.kernels import images, launch, reference
 from fastpix2pix.kernels import norm_act as kernels
 from fastpix2pix.kernels.norm_act import norm_act
 from fastpix2pix.kernels.reference import NormActConfig, dropout_mask
@@ -388,7 +388,7 @@ def test_takes_any_strides_in_and_refuses_them_out(triton_device):
     ],
 )
 def test_pixel_stride(image, stride):
-    assert launch.pixel_stride(image) == stride
+    assert images.pixel_stride(image) == stride
 
 
 # ---------------------------------------------------------------------------------------- kernels: numbers
@@ -520,7 +520,7 @@ def test_combinations(triton_device, shape, dtype, mode, slopes, dropout, slices
 
 @pytest.fixture(params=["triton", "cpu"])
 def device(request: pytest.FixtureRequest) -> str:
-    """Where to run: on the kernels, or on the reference as the CPU does."""
+    """Device of the inputs: of the kernels, then of the reference on the CPU."""
     return request.getfixturevalue("triton_device") if request.param == "triton" else "cpu"
 
 

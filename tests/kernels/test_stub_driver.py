@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import stub_driver
 
-from fastpix2pix.kernels import launch
+from fastpix2pix.kernels import language
 
-pytestmark = pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(not language.HAS_TRITON, reason="Triton is not installed")
 
 COMPILER = shutil.which("gcc") or shutil.which("clang")
 KERNELS = {

@@ -14,18 +14,18 @@ from fastpix2pix.kernels.tanh_l1 import BLOCK, tanh_l1, tanh_l1_backward, tanh_l
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
-# The network's own image, cut to what an interpreter can do, and odd ones.
+# The network's images, as large as the interpreter can take, and odd shapes.
 SHAPES = [(1, 3, 64, 32), (2, 3, 7, 5), (3, 1, 33, 17), (1, 17, 1, 1), (2, 130, 3, 1), (1, 3, 1, 400)]
 
 
 @pytest.fixture(params=["triton", "cpu"])
 def device(request: pytest.FixtureRequest) -> str:
-    """Where to run: on the kernels, or on the reference as the CPU does."""
+    """Device of the inputs: of the kernels, then of the reference on the CPU."""
     return request.getfixturevalue("triton_device") if request.param == "triton" else "cpu"
 
 
 class Images:
-    """Random images of one shape; those in [-1, 1] as everywhere, those before tanh of every magnitude."""
+    """Random images of one shape: in [-1, 1] or, before tanh, of every magnitude."""
 
     def __init__(self, shape, dtype, device, seed=0):
         self.shape, self.dtype, self.device = shape, dtype, device

@@ -9,9 +9,9 @@ import pytest
 import torch
 from fake_cuda import Machine, Report, Section, missing
 
-from fastpix2pix.kernels import launch
+from fastpix2pix.kernels import language, launch
 
-pytestmark = pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(not language.HAS_TRITON, reason="Triton is not installed")
 
 DEVICE = "cuda:1"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastpix2pix.errors import UserError
-from fastpix2pix.kernels import launch
+from fastpix2pix.kernels import language, launch
 from fastpix2pix.models import NetworkOptions, build_networks
 from fastpix2pix.training import selfcheck
 from fastpix2pix.training.diagnosis import explain
@@ -52,7 +52,7 @@ def test_the_random_state_is_left_alone():
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """As on a GPU with Triton; whatever is switched off is on again after the test."""
-    monkeypatch.setattr(launch, "HAS_TRITON", True)
+    monkeypatch.setattr(language, "HAS_TRITON", True)
     monkeypatch.setattr(launch, "kernels_on_gpu", True)
 
 

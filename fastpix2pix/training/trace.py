@@ -1,0 +1,99 @@
+"""The kernel launches of a training step, without running it: for reports, and to compile them beforehand."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from fastpix2pix.kernels.launch import Launch, observed
+from fastpix2pix.models import NetworkOptions, PatchDiscriminator, UNetGenerator, build_networks
+from fastpix2pix.presets import PRESETS
+from fastpix2pix.training.options import StepOptions
+from fastpix2pix.training.precision import WORKING_TYPES
+from fastpix2pix.training.step import TrainStep
+
+
+class _ChannelsLastConvolutions(TorchDispatchMode):
+    """Convolutions return channels-last images, as cuDNN does for channels-last operands; on the meta device
+    they would be contiguous, and the launches those of an epilogue that has to copy its input.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket not in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward):
+            return result
+
+        def channels_last(t: Tensor) -> Tensor:
+            return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+
+        return tree_map_only(Tensor, channels_last, result)
+
+
+def step_launches(
+    make: Callable[[], tuple[UNetGenerator, PatchDiscriminator]],
+    options: StepOptions,
+    *,
+    size: int,
+    batch_size: int = 1,
+) -> list[Launch]:
+    """Every launch of one whole step, in order, of the networks that ``make`` makes.
+
+    ``options.precision`` must be chosen. The step runs on the meta device: nothing is computed and no memory
+    is taken, on no machine's GPU. The global random state is left alone.
+    """
+    meta, launches = torch.device("meta"), []
+    with torch.random.fork_rng(devices=()), meta, observed(launches.append, run=False):
+        networks = generator, _ = make()
+        step = TrainStep(*networks, options)
+        dtype = WORKING_TYPES[options.precision]
+        source, target = (
+            torch.empty((batch_size, channels, size, size), dtype=dtype, memory_format=torch.channels_last)
+            for channels in (generator.in_channels, generator.out_channels)
+        )
+        with _ChannelsLastConvolutions():
+            step.body(source, target)
+    return launches
+
+
+def kernel_launches(precision: str) -> list[tuple[str, Launch]]:
+    """All different launches of a step of both presets at batch 1 and 256x256, with a label for each.
+
+    precision: bf16, fp16 or fp32. Launches that differ in nothing but their tensors are returned once.
+    """
+    labelled, seen = [], set()
+    for preset in PRESETS:
+        networks, options = NetworkOptions(preset=preset), StepOptions(preset=preset, precision=precision)
+        for launch in step_launches(
+            lambda networks=networks: build_networks(networks, "meta"), options, size=256
+        ):
+            identity = _identity(launch)
+            if identity not in seen:
+                seen.add(identity)
+                labelled.append((f"{preset} {_description(launch)}", launch))
+    return labelled
+
+
+def _identity(launch: Launch) -> tuple:
+    """Equal for launches of the same kernel, constants, types, shapes and strides."""
+    tensors = (*launch.reads, *launch.writes)
+    operands = tuple(None if t is None else (t.shape, t.stride()) for t in tensors)
+    return launch.variant, launch.grid, operands
+
+
+def _description(launch: Launch) -> str:
+    """The layer's images as height x width x channels, or the vectors' sizes, and what is special."""
+    first, vectors, options = launch.reads[0], launch.args[0], launch.options.get("CONSTANTS")
+    if first.ndim == 4:
+        n, c, h, w = first.shape
+        words = [f"{h}x{w}x{c}"] if n == 1 else [f"{n} of {h}x{w}x{c}"]
+    elif type(vectors) is tuple and len(vectors) > 1:
+        words = [f"{len(vectors)} tensors, {sum(t.numel() for t in vectors)} values"]
+    else:
+        words = [f"{first.numel()} values"]
+    if options is not None and options.skip_slope is not None:
+        words.append("skip")
+    if options is not None and options.threshold:
+        words.append("dropout")
+    return " ".join(words)

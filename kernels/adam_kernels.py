@@ -1,0 +1,133 @@
+"""Triton kernels of ``adam``: the update, its step count, and the search for non-finite gradients.
+
+Arguments:
+
+* masters, exp_avgs, exp_avg_sqs: tuples of pointers to fp32 (or fp64) vectors. grads: the same, in any
+  floating type. workings: the same in 16 bits, to which the rounded masters are written; None where the
+  network computes with the masters.
+* sizes: tuple of the vectors' lengths.
+* clock: an ``adam.AdamClock`` of pointers to scalars.
+* grad_scale, found_inf: pointers to float32 scalars, or None without a loss scale.
+
+Compile-time constants:
+
+* BETA1, BETA2, EPS, KERAS_EPS: those of an ``adam.AdamForm``; LOG2_BETA1, LOG2_BETA2: their logarithms.
+* BLOCK: elements of one program (``adam.BLOCK``).
+
+Programs are numbered through the blocks of the first vector, then those of the second, and so on.
+"""
+
+from fastpix2pix.kernels.language import tl, triton
+
+
+@triton.jit
+def _own_block(sizes, BLOCK: tl.constexpr):
+    """The index of this program's vector, and of its block in that vector."""
+    program = tl.program_id(0)
+    which = 0
+    block = program
+    first = 0
+    for i in tl.static_range(1, len(sizes)):
+        first += tl.cdiv(sizes[i - 1], BLOCK)
+        which = tl.where(program >= first, i, which)
+        block = tl.where(program >= first, program - first, block)
+    return which, block
+
+
+@triton.jit
+def _pick(choices, which):
+    """``choices[which]``, for a ``which`` that is only known at run time."""
+    chosen = choices[0]
+    for i in tl.static_range(1, len(choices)):
+        chosen = tl.where(which == i, choices[i], chosen)
+    return chosen
+
+
+@triton.jit
+def adam_update(
+    masters,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    workings,
+    sizes,
+    clock,
+    grad_scale,
+    found_inf,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Reads and writes masters, exp_avgs and exp_avg_sqs, reads grads and writes workings.
+
+    Nothing is written where found_inf is not zero.
+    """
+    if found_inf is not None:  # noqa: SIM102 (compile time; the next one is decided at run time)
+        if tl.load(found_inf) != 0.0:
+            return
+    which, block = _own_block(sizes, BLOCK)
+    # Four elements in a row are one vector of fp32. Were a thread given eight, so that 16-bit streams move in
+    # 16-byte vectors too, Triton would send all results through shared memory before it stores them.
+    position = tl.max_contiguous(block * BLOCK + tl.arange(0, BLOCK), 4)
+    inside = position < _pick(sizes, which)
+    master_at = _pick(masters, which) + position
+    exp_avg_at = _pick(exp_avgs, which) + position
+    exp_avg_sq_at = _pick(exp_avg_sqs, which) + position
+
+    master = tl.load(master_at, mask=inside)
+    m = tl.load(exp_avg_at, mask=inside)
+    v = tl.load(exp_avg_sq_at, mask=inside)
+    g = tl.load(_pick(grads, which) + position, mask=inside).to(master.dtype)
+    if grad_scale is not None:
+        g = g / tl.load(grad_scale).to(master.dtype)
+    alpha = tl.load(clock.alpha).to(master.dtype)
+    eps_hat = tl.load(clock.eps_hat).to(master.dtype)
+
+    m = m + (g - m) * (1 - BETA1)
+    v = v * BETA2 + g * g * (1 - BETA2)
+    master = master - alpha * m / (tl.sqrt(v) + eps_hat)
+
+    tl.store(master_at, master, mask=inside)
+    tl.store(exp_avg_at, m, mask=inside)
+    tl.store(exp_avg_sq_at, v, mask=inside)
+    if workings is not None:
+        tl.store(_pick(workings, which) + position, master, mask=inside)
+
+
+@triton.jit
+def adam_advance(
+    clock,
+    found_inf,
+    LOG2_BETA1: tl.constexpr,
+    LOG2_BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    KERAS_EPS: tl.constexpr,
+):
+    """Counts a step in the clock and computes alpha and eps_hat for it.
+
+    One program, once a step, so that no program of ``adam_update`` has to raise anything to a power in fp64.
+    """
+    step = tl.load(clock.step)
+    if found_inf is not None:
+        step += tl.load(found_inf) == 0.0
+    else:
+        step += 1
+    t = step.to(tl.float64)
+    root_c2 = tl.sqrt(1 - tl.exp2(t * LOG2_BETA2))
+    tl.store(clock.step, step)
+    tl.store(clock.alpha, tl.load(clock.lr) * root_c2 / (1 - tl.exp2(t * LOG2_BETA1)))
+    tl.store(clock.eps_hat, tl.full((), EPS, tl.float64) if KERAS_EPS else EPS * root_c2)
+
+
+@triton.jit
+def adam_mark_non_finite(grads, sizes, found_inf, BLOCK: tl.constexpr):
+    """Sets found_inf to 1 if a value of grads is infinite or NaN, else leaves it.
+
+    Every program that finds one stores the same value, so the order does not matter and no atomic is needed.
+    """
+    which, block = _own_block(sizes, BLOCK)
+    position = block * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(_pick(grads, which) + position, mask=position < _pick(sizes, which), other=0.0)
+    value = g if g.dtype == tl.float64 else g.to(tl.float32)
+    finite = tl.abs(value) < float("inf")  # false for NaN
+    tl.store(found_inf + tl.zeros((BLOCK,), tl.int32), 1.0, mask=finite == 0)

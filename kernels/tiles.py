@@ -1,0 +1,105 @@
+"""Block sizes: how the programs of a kernel divide an image, and how many warps each has."""
+
+from dataclasses import dataclass
+
+from fastpix2pix.kernels.variants import WARP
+
+VECTOR_BYTES = 16
+"""The widest memory access of one thread. Triton narrows it where a tile has too few values for all threads,
+so a tile has a vector for every thread wherever the image is large enough."""
+
+SECTOR_BYTES = 32
+"""The smallest unit that caches and memory transfer: to read less of a pixel wastes bandwidth."""
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How a kernel's tiles are cut.
+
+    sectors: the fewest of each pixel that a tile has. vectors: how many of a tile each thread holds.
+    max_warps: the most of one program.
+    """
+
+    sectors: int
+    vectors: int
+    max_warps: int
+
+
+# Kernels whose programs walk over all pixels of their channels. There are few such programs (32 for 512
+# channels in 16 bit), so each takes the narrowest slice that wastes no bandwidth, and many warps. Forward, a
+# thread has two vectors in flight. Backward it reads three images, so one vector of each will do; the
+# statistics and parameters of its eight channels take 64 registers in 16 bit, too many of the 128 that 16
+# warps would leave it.
+WHOLE_FORWARD = Regime(sectors=1, vectors=2, max_warps=16)
+WHOLE_BACKWARD = Regime(sectors=1, vectors=1, max_warps=8)
+
+# Kernels whose programs share the pixels. With two sectors of each pixel, a warp's load touches 8 lines of
+# the L1, whose tag lookups then keep up with what the L2 delivers; with 8 warps, two or more programs fit on
+# a multiprocessor and hide each other's latency.
+CHUNK_FORWARD = Regime(sectors=2, vectors=2, max_warps=8)
+CHUNK_BACKWARD = Regime(sectors=2, vectors=1, max_warps=8)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The block of pixels and channels that a program holds in registers at a time, and its warps."""
+
+    pixels: int
+    channels: int
+    num_warps: int
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def choose_tile(pixels: int, channels: int, itemsize: int, regime: Regime) -> Tile:
+    """As many of a group's pixels as the warps can hold; where there are fewer, more channels."""
+    vector = VECTOR_BYTES // itemsize
+    of_a_warp = WARP * vector * regime.vectors
+    all_channels = next_power_of_2(channels)
+    block_channels = min(regime.sectors * SECTOR_BYTES // itemsize, all_channels)
+    block_pixels = min(next_power_of_2(pixels), regime.max_warps * of_a_warp // block_channels)
+    block_channels = min(max(block_channels, WARP * vector // block_pixels), all_channels)
+    num_warps = block_pixels * block_channels // of_a_warp
+    return Tile(block_pixels, block_channels, min(max(num_warps, 1), regime.max_warps))
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """``count`` programs share the pixels of a group: ``pixels`` each, and the rest for the last one."""
+
+    count: int
+    pixels: int
+
+
+def _chunks(pixels: int, tile: Tile, values_each: int, most: int | None = None) -> Chunks:
+    each = max(values_each // tile.channels, tile.pixels)
+    if most is not None:
+        each = max(each, cdiv(cdiv(pixels, most), tile.pixels) * tile.pixels)
+    return Chunks(cdiv(pixels, each), each)
+
+
+def reduction_chunks(pixels: int, tile: Tile) -> Chunks:
+    """Chunks for partial sums: 2**14 values each, which makes 64 programs of a 128x128x64 image.
+
+    Every program of the next launch reads the partial sums of all chunks, so there are at most 128.
+    """
+    return _chunks(pixels, tile, 2**14, most=128)
+
+
+def elementwise_chunks(pixels: int, tile: Tile) -> Chunks:
+    """Chunks for everything else: 2**13 values each, beside which the per-channel numbers are few bytes."""
+    return _chunks(pixels, tile, 2**13)
+
+
+FEW_PIXELS = 1024
+"""The most pixels, all groups together, for which one launch computes both statistics and results. Model: a
+program's slice is then at most 32 KiB an image, is read again from the L1 cache, and takes about as long as a
+second launch would."""
