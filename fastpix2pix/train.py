@@ -162,6 +162,7 @@ def train(config: TrainConfig) -> None:
         dataclasses.replace(config.step_options(), precision=precision),
         device,
         image_size=config.crop_size,
+        batch_sizes=[shape[0] for shape in batch_shapes(loader, config)],
         graph=not config.no_graph,
         check=found is None
         or not environment.verified_before(

@@ -3,6 +3,7 @@
 Training, ``doctor``, the junyanz backend and the benchmarks get their steps here.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 
 from fastpix2pix.host_memory import keep_freed_memory
 from fastpix2pix.kernels import launch
+from fastpix2pix.kernels.language import HAS_TRITON
+from fastpix2pix.kernels.precompile import precompile
+from fastpix2pix.models import PatchDiscriminator, UNetGenerator
+from fastpix2pix.training.diagnosis import explain
 from fastpix2pix.training.graph import CapturedStep
 from fastpix2pix.training.losses import Losses
 from fastpix2pix.training.options import StepOptions
@@ -22,6 +27,7 @@ from fastpix2pix.training.selfcheck import (
     verify_or_fall_back,
 )
 from fastpix2pix.training.step import TrainStep
+from fastpix2pix.training.trace import step_launches
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,40 @@ class PreparedStep:
         }
 
 
+def compile_kernels(
+    networks: Networks,
+    options: StepOptions,
+    device: torch.device,
+    image_size: int,
+    batch_sizes: Sequence[int],
+    say: Callable[[str], None],
+) -> None:
+    """Compile what a step of every batch size launches, in parallel and once a machine, and say so.
+
+    Whatever fails here fails again at the launch, where the self-check sees it.
+    """
+    if not (HAS_TRITON and launch.kernels_on_gpu):
+        return
+    launches = [
+        one
+        for batch_size in sorted({1, *batch_sizes})
+        for one in step_launches(networks.fresh, options, size=image_size, batch_size=batch_size)
+    ]
+    began = time.perf_counter()
+
+    def progress(done: int, count: int) -> None:
+        if done == 1:
+            say(f"compiling {count} variants of the Triton kernels, once on this machine")
+
+    try:
+        compiled = precompile(launches, torch.cuda.get_device_capability(device), progress=progress)
+    except OSError as error:
+        say(f"  not compiled beforehand, so the first step takes longer: {explain(error)}")
+        return
+    if compiled:
+        say(f"  {compiled} compiled in {time.perf_counter() - began:.1f} s")
+
+
 def prepare_step(
     generator: nn.Module,
     discriminator: nn.Module,
@@ -75,6 +115,7 @@ def prepare_step(
     device: torch.device,
     *,
     image_size: int,
+    batch_sizes: Sequence[int] = (1,),
     graph: bool = True,
     check: bool = True,
     say: Callable[[str], None] = print,
@@ -82,9 +123,10 @@ def prepare_step(
     """A ``TrainStep`` on ``device``, ready to train.
 
     The networks are moved there. ``options.precision`` None becomes the best for the device, how float32 is
-    computed is set, a CPU process keeps its freed memory. On a GPU (``check``) the step is first held against
-    its reference for images of ``image_size`` pixels a side, and what does not work is given up
-    (``verify_or_fall_back``); with ``graph`` it is captured when it first runs, or by ``capture``.
+    computed is set, a CPU process keeps its freed memory. On a GPU the kernels for ``batch_sizes`` images of
+    ``image_size`` pixels a side are compiled in parallel; then (``check``) the step is held against its
+    reference on one image, and what does not work is given up (``verify_or_fall_back``); with ``graph`` it is
+    captured when it first runs, or by ``capture``.
 
     Raises UserError for a precision that the device lacks, and as ``verify_or_fall_back`` does.
     """
@@ -94,8 +136,11 @@ def prepare_step(
     lost: tuple[str, ...] = ()
     if on_gpu:
         set_float32_math(precision)
-        if check:
-            networks = Networks(generator, discriminator)
+        networks = Networks(generator, discriminator)
+        ours = isinstance(generator, UNetGenerator) and isinstance(discriminator, PatchDiscriminator)
+        if ours:
+            compile_kernels(networks, options, device, image_size, batch_sizes, say)
+        if check and ours:
             verified = verify_or_fall_back(
                 lambda captured: compare_with_reference(
                     networks, options, device, size=image_size, graph=captured
