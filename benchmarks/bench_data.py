@@ -9,7 +9,7 @@ from benchmarks.conftest import DEVICE
 from benchmarks.contenders import ours
 from benchmarks.timing import clock
 from fastpix2pix.config import TrainConfig
-from fastpix2pix.data import open_loader
+from fastpix2pix.data import LoaderOptions, open_loader
 from fastpix2pix.graph import CapturedStep, set_float32_math
 from fastpix2pix.host_memory import keep_freed_memory
 from fastpix2pix.models import build_networks
@@ -33,7 +33,7 @@ def test_loader(benchmark, device, dataset, kind, memory):
     if kind == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     benchmark.group = "loader alone"
-    loader = open_loader(dataset, loader=kind, device=device, cache_bytes=CACHES[memory])
+    loader = open_loader(dataset, LoaderOptions(loader=kind, cache_bytes=CACHES[memory]), device=device)
     with closing(loader):
         stream = loader.stream()
 
@@ -58,9 +58,8 @@ def test_epoch(benchmark, device, dataset, memory):
         keep_freed_memory()
     step = TrainStep(*build_networks(config, device), config)
     update = CapturedStep(step) if contender.captured else step
-    loader = open_loader(
-        dataset, device=device, dtype=WORKING_TYPES[config.precision], cache_bytes=CACHES[memory]
-    )
+    options = LoaderOptions(cache_bytes=CACHES[memory])
+    loader = open_loader(dataset, options, device=device, dtype=WORKING_TYPES[config.precision])
     waited = []
 
     def steps(count):

@@ -14,7 +14,7 @@ import torch
 
 from fastpix2pix import cli
 from fastpix2pix.config import TrainConfig
-from fastpix2pix.data import open_loader
+from fastpix2pix.data import LoaderOptions, open_loader
 from fastpix2pix.data.synthetic import synthetic_dataset
 from fastpix2pix.errors import UserError
 from fastpix2pix.graph import CapturedStep, set_float32_math
@@ -129,7 +129,7 @@ def loaders_agree(device: torch.device) -> str:
     with tempfile.TemporaryDirectory() as folder:
         root = synthetic_dataset(Path(folder) / "pairs", train=16, val=1, test=1)
         streams = {}
-        loaders = {kind: open_loader(root, loader=kind, device=where, chunk=8)
+        loaders = {kind: open_loader(root, LoaderOptions(loader=kind, chunk=8), device=where)
                    for kind, where in (("dali", device), ("portable", torch.device("cpu")))}  # fmt: skip
         try:
             streams = {kind: loader.stream() for kind, loader in loaders.items()}

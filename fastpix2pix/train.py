@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastpix2pix import checkpoint, cli
 from fastpix2pix.config import TrainConfig
-from fastpix2pix.data import find_pairs, load_pair, open_loader
+from fastpix2pix.data import LoaderOptions, find_pairs, load_pair, open_loader
 from fastpix2pix.data.catalog import DATASETS, fetch_dataset
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
 from fastpix2pix.errors import UserError
@@ -170,9 +170,7 @@ def train(config: TrainConfig) -> None:
     )
     root = data_folder(config)
     recipe = config.recipe
-    loader = open_loader(
-        root,
-        split="train",
+    options = LoaderOptions(
         direction=config.direction,
         load_size=config.load_size,
         crop_size=config.crop_size,
@@ -181,11 +179,10 @@ def train(config: TrainConfig) -> None:
         batch_size=config.batch_size,
         seed=config.seed,
         loader=config.loader,
-        device=device,
-        dtype=WORKING_TYPES[config.precision],
-        cache_bytes=int(config.cache * 2**30),
         num_threads=config.num_threads,
+        cache_bytes=int(config.cache * 2**30),
     )
+    loader = open_loader(root, options, split="train", device=device, dtype=WORKING_TYPES[config.precision])
     samples = sample_pairs(root, config, device)
     set_float32_math(config.precision)
     if device.type == "cuda":

@@ -5,7 +5,7 @@ import torch
 
 from fastpix2pix import selfcheck
 from fastpix2pix.config import TrainConfig
-from fastpix2pix.data import open_loader
+from fastpix2pix.data import LoaderOptions, open_loader
 from fastpix2pix.doctor import CHECKS
 from fastpix2pix.graph import AsyncHostCopy, CapturedStep, CudaBackend, set_float32_math
 from fastpix2pix.kernels import launch
@@ -112,7 +112,9 @@ def test_a_disagreeing_gpu_falls_back_loudly(device, monkeypatch):
 def test_loaders_give_the_cpu_s_samples_on_the_gpu(device, facades, kind, interpolation):
     """nvJPEG may round a pixel's inverse transform another way than libjpeg-turbo."""
     streams = [
-        open_loader(facades, loader=loader, interpolation=interpolation, device=where, chunk=8).stream()
+        open_loader(
+            facades, LoaderOptions(loader=loader, interpolation=interpolation, chunk=8), device=where
+        ).stream()
         for loader, where in ((kind, device), ("portable", torch.device("cpu")))
     ]
     for _ in range(20):
