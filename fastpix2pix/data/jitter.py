@@ -36,22 +36,27 @@ def jitter(
     """
     shape = len(images), crop_size, crop_size, 3
     crops = torch.empty(shape, dtype=dtype, device=images[0].device)
+    scratch = torch.empty(shape[1:], device=crops.device)
     # One image at a time: a CPU then finds it in its cache from the first operation to the last.
     for image, y, x, flipped, result in zip(
         images, top.tolist(), left.tolist(), mirror.tolist(), crops, strict=True
     ):
         crop = image[y : y + crop_size, x : x + crop_size]
-        result.copy_(_normalized(crop.flip(1) if flipped else crop))
+        pixels = result if dtype == torch.float32 else scratch
+        _to_unit_range(pixels.copy_(crop.flip(1) if flipped else crop))
+        if pixels is scratch:
+            result.copy_(scratch)
     return crops.permute(0, 3, 1, 2)
 
 
 def normalize(images: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 (n, height, width, 3) -> x / 127.5 - 1, (n, 3, height, width) in channels-last memory."""
-    return _normalized(images).to(dtype).permute(0, 3, 1, 2)
+    return _to_unit_range(images.to(torch.float32)).to(dtype).permute(0, 3, 1, 2)
 
 
-def _normalized(pixels: Tensor) -> Tensor:
+def _to_unit_range(pixels: Tensor) -> Tensor:
+    """float32 0 ... 255 -> -1 ... 1, in place."""
     # The divisor is a tensor because CUDA turns division by a Python number into a product with its
     # reciprocal, one unit in the last place off the tutorial's float32.
     half_range = torch.full((), 127.5, device=pixels.device)
-    return pixels.to(torch.float32).div_(half_range).sub_(1.0)
+    return pixels.div_(half_range).sub_(1.0)

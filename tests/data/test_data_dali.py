@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -304,3 +305,40 @@ def test_a_gpus_second_pipeline_gives_the_tensor_jitters_samples(
         assert ours[2:] == theirs[2:]
         for mine, other in zip(ours[:2], theirs[:2], strict=True):
             assert torch.equal(mine, other) and mine.stride() == other.stride()
+
+
+def test_every_call_of_dali_names_the_gpu_that_was_asked_for(few_facades, monkeypatch):
+    """Its pipeline, and the current device whose current stream DALI and torch hand data over on."""
+    device, inside, made = torch.device("cuda:1"), [], []
+
+    @contextmanager
+    def current_device(device):
+        inside.append(device)
+        try:
+            yield
+        finally:
+            inside.pop()
+
+    class Pipeline:
+        def __init__(self, **settings):
+            made.append(settings)
+
+        def build(self):
+            assert inside == [device]
+
+        def run(self, stream):
+            assert inside == [device] and stream == "current stream"
+            raise StopIteration
+
+    monkeypatch.setattr(torch.cuda, "device", current_device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "current stream")
+    for name in ("training_pipeline", "resizing_pipeline", "jitter_pipeline"):
+        monkeypatch.setattr(dali, name, Pipeline)
+    decoder = dali_chunks.DaliDecoder(find_pairs(few_facades, "train"), LoaderOptions(), device, TYPES[0])
+    for results in (
+        decoder.jittered,
+        decoder.resized,
+        lambda nothing: decoder.jittered_images(nothing, nothing),
+    ):
+        assert [*results(iter(()))] == []
+    assert [(settings["device"], settings["device_id"]) for settings in made] == [("gpu", 1)] * 3

@@ -497,22 +497,31 @@ def test_cache_decodes_once(tmp_path, kind):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("interpolation", ["nearest", "bicubic"])
 @pytest.mark.parametrize("cache_bytes", [0, 10**7])
-def test_gpu_gives_the_cpus_samples(tmp_path, kind, cache_bytes):
-    pictures = write_pairs(tmp_path / "train", 7)
-    settings = {
-        "loader": kind,
+def test_gpu_gives_the_cpus_samples(tmp_path, kind, interpolation, dtype, cache_bytes):
+    for k, size in enumerate([(40, 40), (40, 40), (36, 36), (50, 30), (64, 64), (40, 40), (20, 70)]):
+        write_pairs(tmp_path / "train" / str(k), 1, size=size)
+        (tmp_path / "train" / str(k) / "1.png").rename(tmp_path / "train" / f"{k}.png")
+        (tmp_path / "train" / str(k)).rmdir()
+    options = {
         "batch_size": 2,
         "chunk": 4,
         "cache_bytes": cache_bytes,
-        "device": "cuda",
+        "interpolation": interpolation,
         **SIZES,
     }
-    loader = opened(tmp_path, **settings)
-    for batch, expected in zip(loader.stream(), take(expected_stream(pictures, 2, "BtoA"), 12), strict=False):
-        assert batch.source.is_cuda and batch.target.is_cuda
-        assert_same(type(batch)(batch.source.cpu(), batch.target.cpu(), *batch[2:]), expected)
-    loader.close()
+    on_gpu = opened(tmp_path, "cuda", dtype, loader=kind, **options)
+    on_cpu = opened(tmp_path, "cpu", dtype, loader="portable", **options)
+    for ours, theirs in zip(*(take(loader.stream(), 12) for loader in (on_gpu, on_cpu)), strict=True):
+        assert ours[2:] == theirs[2:]
+        for mine, other in zip(ours[:2], theirs[:2], strict=True):
+            assert mine.is_cuda and torch.equal(mine.cpu(), other)
+            assert mine.is_contiguous(memory_format=torch.channels_last)
+    assert on_gpu.kind == kind
+    on_gpu.close()
+    on_cpu.close()
 
 
 @pytest.mark.gpu
