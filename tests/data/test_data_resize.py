@@ -112,18 +112,19 @@ def test_both_bicubics_go_along_the_rows_first_in_tall_pictures():
     assert torch.equal(pillow_bicubic(image, 286), integer_bicubic(image, 286))
 
 
-def test_jitter_takes_the_planned_crops():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_jitter_takes_the_planned_crops(dtype):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (5, 12, 12, 3), dtype=np.uint8)
     which, top, left = [4, 0, 0, 2], np.array([0, 4, 1, 2]), np.array([4, 0, 3, 2])
     mirror = np.array([True, False, True, False])
-    result = jitter(torch.from_numpy(images[which]), top, left, mirror, 8, torch.float32)
+    result = jitter(torch.from_numpy(images[which]), top, left, mirror, 8, dtype)
     assert result.shape == (4, 3, 8, 8) and result.is_contiguous(memory_format=torch.channels_last)
     for k in range(4):
         crop = images[which[k], top[k] : top[k] + 8, left[k] : left[k] + 8]
         crop = crop[:, ::-1] if mirror[k] else crop
         expected = crop.astype(np.float32) / np.float32(127.5) - np.float32(1)
-        assert np.array_equal(result[k].permute(1, 2, 0).numpy(), expected)
+        assert torch.equal(result[k].permute(1, 2, 0), torch.from_numpy(expected).to(dtype))
 
 
 @pytest.mark.gpu
