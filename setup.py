@@ -22,7 +22,7 @@ setup(
     install_requires=[
         "torch>=2.8",
         'triton>=3.4; sys_platform == "linux"',
-        f"nvidia-dali-cuda120>=1.45; {HAS_DALI}",
+        f"nvidia-dali-cuda120>=2.2; {HAS_DALI}",
         "numpy>=1.24",
         "Pillow>=9.5",
         "tensorboard>=2.14",

@@ -3,10 +3,9 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from fastpix2pix.data.catalog import DATASETS
 from fastpix2pix.data.loader import Direction, LoaderOptions
@@ -16,8 +15,6 @@ from fastpix2pix.models.generator import size_multiple
 from fastpix2pix.models.options import GeneratorName, NetworkOptions, Norm
 from fastpix2pix.presets import Preset, PresetName, find_preset
 from fastpix2pix.training.options import GanMode, Precision, StepOptions
-
-Options = TypeVar("Options")
 
 NOT_OF_THE_RUN = ("continue_train", "force")
 """Flags that say what to do with a run, and are no part of it."""
@@ -150,28 +147,26 @@ class TrainConfig:
 
     def network_options(self) -> NetworkOptions:
         """What the networks are built from."""
-        return _of_flags(lambda: NetworkOptions.of(self))
+        return NetworkOptions.of(self)
 
     def step_options(self) -> StepOptions:
         """What the training step needs."""
         names = [field.name for field in dataclasses.fields(StepOptions)]
-        return _of_flags(lambda: StepOptions(**{name: getattr(self, name) for name in names}))
+        return StepOptions(**{name: getattr(self, name) for name in names})
 
     def loader_options(self) -> LoaderOptions:
         """What the loader needs, with the direction that ``direction`` or the data decide."""
-        return _of_flags(
-            lambda: LoaderOptions(
-                direction=self.resolved_direction(),
-                load_size=self.load_size,
-                crop_size=self.crop_size,
-                interpolation=self.rules.data.interpolation,
-                flip=not self.no_flip,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                loader=self.loader,
-                num_threads=self.num_threads,
-                cache_bytes=_gib(self.cache),
-            )
+        return LoaderOptions(
+            direction=self.resolved_direction(),
+            load_size=self.load_size,
+            crop_size=self.crop_size,
+            interpolation=self.rules.data.interpolation,
+            flip=not self.no_flip,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            loader=self.loader,
+            num_threads=self.num_threads,
+            cache_bytes=_gib(self.cache),
         )
 
     def resolved_direction(self) -> Direction:
@@ -247,15 +242,7 @@ def check_changes(saved: TrainConfig, config: TrainConfig) -> list[str]:
     return [f"--{name} {before[name]} -> {after[name]}" for name in changed]
 
 
-def _of_flags(make: Callable[[], Options]) -> Options:
-    """``make()``; what it says of a value is said of the flag of that name."""
-    try:
-        return make()
-    except UserError as error:
-        raise UserError(f"--{error}") from error
-
-
 def _gib(gib: float) -> int:
     if not (math.isfinite(gib) and gib >= 0):
-        raise UserError(f"cache {gib}: give a finite number of at least 0")
+        raise UserError(f"--cache {gib}: give a finite number of at least 0")
     return int(gib * 2**30)

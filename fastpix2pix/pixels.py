@@ -7,10 +7,15 @@ from torch import Tensor
 
 def normalize(images: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 (n, height, width, c) -> x / 127.5 - 1, (n, c, height, width) in channels-last memory."""
+    return to_unit_range(images.to(torch.float32)).to(dtype).permute(0, 3, 1, 2)
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """float32 0 ... 255 -> -1 ... 1, in place."""
     # The divisor is a tensor because CUDA turns division by a Python number into a product with its
     # reciprocal, one unit in the last place off the tutorial's float32.
-    half_range = torch.full((), 127.5, device=images.device)
-    return images.to(torch.float32).div_(half_range).sub_(1.0).to(dtype).permute(0, 3, 1, 2)
+    half_range = torch.full((), 127.5, device=pixels.device)
+    return pixels.div_(half_range).sub_(1.0)
 
 
 def to_uint8(image: Tensor) -> np.ndarray:

@@ -138,5 +138,5 @@ PRESETS: dict[str, Preset] = {
 def find_preset(name: str) -> Preset:
     """The preset called ``name``. Raises UserError for another name."""
     if name not in PRESETS:
-        raise UserError(f"preset {name}: unknown; choose one of {', '.join(PRESETS)}")
+        raise UserError(f"--preset {name}: unknown; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

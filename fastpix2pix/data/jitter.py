@@ -1,30 +1,50 @@
-"""The tutorial's random jitter after the resize: crop, flip and the step to [-1, 1]."""
+"""Random jitter after the resize, as tensor operations: crop, flip and the step to [-1, 1]."""
+
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastpix2pix.pixels import normalize
+from fastpix2pix.data.plan import Chunk
+from fastpix2pix.pixels import to_unit_range
+
+Images = Tensor | Sequence[Tensor]  # n of uint8 (height, width, 3)
+
+
+def jittered_chunks(
+    images: Iterator[tuple[Images, Images]], chunks: Iterator[Chunk], crop_size: int, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """:func:`jitter` of the resized (A, B) of each chunk, by the chunk's decisions."""
+    for halves, chunk in zip(images, chunks, strict=True):
+        decisions = chunk.top, chunk.left, chunk.mirror
+        yield tuple(jitter(half, *decisions, crop_size, dtype) for half in halves)
 
 
 def jitter(
-    images: Tensor,
-    which: np.ndarray,
+    images: Images,
     top: np.ndarray,
     left: np.ndarray,
     mirror: np.ndarray,
     crop_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Crops, flips and normalises the images named by ``which``.
+    """Crops, flips left to right and normalises n images.
 
-    ``images`` is uint8 (m, size, size, 3) on any device; the arrays, all (n,), say for each result the
-    image, the crop's corner and whether it is flipped left to right. Returns
-    (n, 3, crop_size, crop_size) in channels-last memory on the same device, in [-1, 1].
+    ``images`` are uint8 (height, width, 3) on any device; the arrays, all (n,), hold each crop's corner
+    and whether it is flipped. Returns (n, 3, crop_size, crop_size) in channels-last memory on the same
+    device, in [-1, 1].
     """
-    corners = zip(which.tolist(), top.tolist(), left.tolist(), strict=True)
-    crops = torch.stack([images[i, y : y + crop_size, x : x + crop_size] for i, y, x in corners])
-    # non_blocking: a GPU's queue of steps is not drained for these few numbers
-    mirrored = torch.from_numpy(np.flatnonzero(mirror)).to(images.device, non_blocking=True)
-    crops[mirrored] = crops[mirrored].flip(2)
-    return normalize(crops, dtype)
+    shape = len(images), crop_size, crop_size, 3
+    crops = torch.empty(shape, dtype=dtype, device=images[0].device)
+    scratch = torch.empty(shape[1:], device=crops.device)
+    # One image at a time: a CPU then finds it in its cache from the first operation to the last.
+    for image, y, x, flipped, result in zip(
+        images, top.tolist(), left.tolist(), mirror.tolist(), crops, strict=True
+    ):
+        crop = image[y : y + crop_size, x : x + crop_size]
+        pixels = result if dtype == torch.float32 else scratch
+        to_unit_range(pixels.copy_(crop.flip(1) if flipped else crop))
+        if pixels is scratch:
+            result.copy_(scratch)
+    return crops.permute(0, 3, 1, 2)

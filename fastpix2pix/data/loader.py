@@ -1,29 +1,82 @@
 """Batches without end, in the order and with the crops of the plan, whichever decoder runs."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import tee
 from math import ceil
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastpix2pix.data.jitter import jitter
+from fastpix2pix.data.jitter import Images, jittered_chunks
 from fastpix2pix.data.pairs import Pair, find_pairs
-from fastpix2pix.data.plan import epoch_plan
+from fastpix2pix.data.plan import Chunk, epoch_plan
 from fastpix2pix.data.resize import Interpolation, resize
 from fastpix2pix.errors import UserError
 from fastpix2pix.pixels import normalize
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+Halves = tuple[Tensor, Tensor]  # A and B
 Direction = Literal["AtoB", "BtoA"]
+Kind = Literal["dali", "portable"]
+Requested = Literal["auto", "dali", "portable"]
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How pairs become batches. Raises ``UserError``, which calls fields by their command-line flags."""
+
+    direction: Direction = "BtoA"
+    """"AtoB" makes A, the left half, the source and B the target."""
+    load_size: int = 286
+    """Every half is resized to this size squared ..."""
+    crop_size: int = 256
+    """... and cropped to this one, by the decisions of :func:`epoch_plan`."""
+    interpolation: Interpolation = "nearest"
+    flip: bool = True
+    shuffle: bool = True
+    batch_size: int = 1
+    seed: int = 0
+    loader: Requested = "auto"
+    """Who decodes: NVIDIA DALI, or Pillow ("portable"); "auto" takes DALI where it works."""
+    num_threads: int = 4
+    """Threads (DALI) or processes (portable) that decode."""
+    cache_bytes: int = 0
+    """A data set whose resized pixels (8 bit) fit in here is decoded once and kept on the device."""
+    chunk: int | None = None
+    """Pairs that are decoded in one run, rounded down to whole batches: 64 on a GPU, 16 on the CPU."""
+
+    def __post_init__(self):
+        for name, least in {
+            "load_size": 1,
+            "crop_size": 1,
+            "batch_size": 1,
+            "num_threads": 1,
+            "seed": 0,
+        }.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)}: give a number of at least {least}")
+        if self.load_size < self.crop_size:
+            raise UserError(
+                f"--load_size {self.load_size} is smaller than --crop_size {self.crop_size}: a crop does not "
+                "fit; make load_size at least crop_size"
+            )
+        for name, choices in {"direction": Direction, "loader": Requested}.items():
+            if getattr(self, name) not in get_args(choices):
+                raise UserError(f"--{name} {getattr(self, name)}: give one of {', '.join(get_args(choices))}")
+
+    def chunk_size(self, device: torch.device) -> int:
+        """Pairs that are decoded in one run on ``device``."""
+        chunk = self.chunk or (16 if device.type == "cpu" else 64)
+        return max(1, chunk // self.batch_size) * self.batch_size
 
 
 class Batch(NamedTuple):
@@ -36,36 +89,20 @@ class Batch(NamedTuple):
     names: tuple[str, ...]
 
 
-class Chunk(NamedTuple):
-    """The plan of consecutive samples of one epoch that are decoded together."""
-
-    epoch: int
-    start: int  # the first sample's position in the epoch
-    which: np.ndarray  # int64 (n,): indices of the pairs
-    top: np.ndarray
-    left: np.ndarray
-    mirror: np.ndarray
-
-
 @dataclass(eq=False)
 class Loader:
-    """Endless batches of one split. Made by :func:`open_loader`, which explains the settings."""
+    """Endless batches of one split. Made by :func:`open_loader`.
+
+    ``kind`` says who decodes. DALI is asked to work only when the first batch of a stream is: until then
+    nothing of it lives that could disturb the capture of a CUDA graph. If it fails then, and it was not
+    asked for by name, ``kind`` becomes "portable".
+    """
 
     pairs: list[Pair]
-    kind: Literal["dali", "portable"]
-    direction: Direction
-    load_size: int
-    crop_size: int
-    interpolation: Interpolation
-    flip: bool
-    shuffle: bool
-    batch_size: int
-    seed: int
+    options: LoaderOptions
+    kind: Kind
     device: torch.device
     dtype: torch.dtype
-    num_threads: int
-    chunk_size: int  # in samples; whole batches
-    cached: bool
     _cache: tuple[Tensor, Tensor] | None = field(default=None, init=False)
     _streams: list[Iterator[Batch]] = field(default_factory=list, init=False)
 
@@ -75,7 +112,16 @@ class Loader:
     @property
     def batches_per_epoch(self) -> int:
         """The last batch of an epoch is smaller when the batch size does not divide the number of pairs."""
-        return ceil(len(self.pairs) / self.batch_size)
+        return ceil(len(self.pairs) / self.options.batch_size)
+
+    @property
+    def cached(self) -> bool:
+        """Whether the resized data set is kept on the device."""
+        return self.options.cache_bytes >= self._resized_bytes
+
+    @property
+    def _resized_bytes(self) -> int:
+        return 2 * len(self.pairs) * self.options.load_size**2 * 3
 
     def stream(self, epoch: int = 0, position: int = 0) -> Iterator[Batch]:
         """Batches from sample ``position`` of ``epoch`` on, over all later epochs.
@@ -92,12 +138,13 @@ class Loader:
             self._streams.pop().close()
 
     def _batches(self, epoch: int, position: int) -> Iterator[Batch]:
+        batch_size = self.options.batch_size
         with closing(self._jittered(epoch, position)) as made, closing(self._ahead(made)) as chunks:
             for chunk, a, b in chunks:
-                source, target = (a, b) if self.direction == "AtoB" else (b, a)
+                source, target = oriented(a, b, self.options.direction)
                 names = [self.pairs[i].name for i in chunk.which]
-                for low in range(0, len(names), self.batch_size):
-                    part = slice(low, low + self.batch_size)
+                for low in range(0, len(names), batch_size):
+                    part = slice(low, low + batch_size)
                     after = chunk.epoch, chunk.start + min(part.stop, len(names))
                     if after[1] == len(self.pairs):
                         after = chunk.epoch + 1, 0
@@ -117,141 +164,144 @@ class Loader:
                 chunk = coming.result()
 
     def _jittered(self, epoch: int, position: int) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
-        chunks, same_chunks = tee(self._chunks(epoch, position))
-        if self.cached:
-            self._cache = self._cache or self._decode_all()
-            for chunk in chunks:
-                yield chunk, *(self._jitter(half, chunk.which, chunk) for half in self._cache)
-        with closing(self._decoded(chunk.which for chunk in same_chunks)) as decoded:
-            for chunk, halves in zip(chunks, decoded, strict=True):
-                in_order = np.arange(len(chunk.which))
-                yield chunk, *(self._jitter(half, in_order, chunk) for half in halves)
+        if self.kind == "dali":
+            from fastpix2pix.data.dali_chunks import DaliFails
 
-    def _jitter(self, images: Tensor, which: np.ndarray, chunk: Chunk) -> Tensor:
-        return jitter(images, which, chunk.top, chunk.left, chunk.mirror, self.crop_size, self.dtype)
+            try:
+                yield from self._in_order(self._by_dali, epoch, position)
+            except DaliFails as error:  # in place of the first chunk
+                self.kind = _instead_of_dali(self.options.loader, error)
+        yield from self._in_order(self._portably, epoch, position)
+
+    def _in_order(
+        self, jittered: Callable[[Iterator[Chunk]], Iterator[Halves]], epoch: int, position: int
+    ) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
+        chunks, same_chunks = tee(self._chunks(epoch, position))
+        with closing(jittered(same_chunks)) as made:
+            for chunk, halves in zip(chunks, made, strict=True):
+                yield chunk, *halves
+
+    def _by_dali(self, chunks: Iterator[Chunk]) -> Iterator[Halves]:
+        """(A, B) of each chunk, ready for training."""
+        from fastpix2pix.data.dali_chunks import DaliDecoder
+
+        decoder = DaliDecoder(self.pairs, self.options, self.device, self.dtype)
+        if not self.cached:
+            return decoder.jittered(chunks)
+        chunks, same_chunks = tee(chunks)
+        return decoder.jittered_images(self._resident(chunks, decoder.resized), same_chunks)
+
+    def _portably(self, chunks: Iterator[Chunk]) -> Iterator[Halves]:
+        """As :meth:`_by_dali`."""
+        from fastpix2pix.data.portable import resized_chunks
+
+        def resized(requests: Iterator[np.ndarray]) -> Iterator[Halves]:
+            return resized_chunks(
+                self.pairs,
+                requests,
+                load_size=self.options.load_size,
+                interpolation=self.options.interpolation,
+                device=self.device,
+                num_threads=self.options.num_threads,
+            )
+
+        chunks, same_chunks = tee(chunks)
+        decoded = self._resident(chunks, resized) if self.cached else resized(c.which for c in chunks)
+        with closing(decoded) as images:
+            yield from jittered_chunks(images, same_chunks, self.options.crop_size, self.dtype)
 
     def _chunks(self, epoch: int, position: int) -> Iterator[Chunk]:
+        chunk_size = self.options.chunk_size(self.device)
         while True:
             plan = epoch_plan(
-                self.seed,
+                self.options.seed,
                 epoch,
                 len(self.pairs),
-                load_size=self.load_size,
-                crop_size=self.crop_size,
-                flip=self.flip,
-                shuffle=self.shuffle,
+                load_size=self.options.load_size,
+                crop_size=self.options.crop_size,
+                flip=self.options.flip,
+                shuffle=self.options.shuffle,
             )
-            for start in range(position, len(self.pairs), self.chunk_size):
-                part = slice(start, start + self.chunk_size)
+            for start in range(position, len(self.pairs), chunk_size):
+                part = slice(start, start + chunk_size)
                 yield Chunk(epoch, start, *(decisions[part] for decisions in plan))
             epoch, position = epoch + 1, 0
 
-    def _decoded(self, requests: Iterator[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each request (indices of pairs) A and B on the device: uint8 (n, load_size, load_size, 3)."""
-        settings = {
-            "load_size": self.load_size,
-            "interpolation": self.interpolation,
-            "device": self.device,
-            "num_threads": self.num_threads,
-        }
-        if self.kind == "dali":
-            from fastpix2pix.data import dali  # cannot be imported everywhere
+    def _resident(
+        self, chunks: Iterator[Chunk], resized: Callable[[Iterator[np.ndarray]], Iterator[Halves]]
+    ) -> Iterator[tuple[Images, Images]]:
+        """Each chunk's resized (A, B), from the device's memory, which ``resized`` fills at the first use."""
+        self._cache = self._cache or self._filled_cache(resized)
+        for chunk in chunks:
+            if self.device.type == "cpu":
+                yield tuple([half[i] for i in chunk.which] for half in self._cache)
+            else:
+                # non_blocking: a GPU's queue of steps is not drained for these few numbers
+                which = torch.from_numpy(chunk.which).to(self.device, non_blocking=True)
+                yield tuple(half.index_select(0, which) for half in self._cache)
 
-            return dali.resized_chunks(self.pairs, requests, largest_request=self.chunk_size, **settings)
-        from fastpix2pix.data import portable
-
-        return portable.resized_chunks(self.pairs, requests, **settings)
-
-    def _decode_all(self) -> tuple[Tensor, Tensor]:
+    def _filled_cache(self, resized: Callable[[Iterator[np.ndarray]], Iterator[Halves]]) -> Halves:
         """A and B of every pair on the device: uint8 (count, load_size, load_size, 3)."""
-        shape = (len(self.pairs), self.load_size, self.load_size, 3)
+        shape = (len(self.pairs), self.options.load_size, self.options.load_size, 3)
         a, b = (torch.empty(shape, dtype=torch.uint8, device=self.device) for _ in range(2))
-        log.info(f"decoding {len(self.pairs)} pairs into a cache of {2 * a.nbytes / 2**20:.0f} MiB")
+        log.info(f"decoding {len(self.pairs)} pairs into a cache of {self._resized_bytes / 2**20:.0f} MiB")
+        chunk_size = self.options.chunk_size(self.device)
         everything = np.arange(len(self.pairs))
-        requests = np.split(everything, everything[self.chunk_size :: self.chunk_size])
-        with closing(self._decoded(iter(requests))) as decoded:
+        requests = np.split(everything, everything[chunk_size::chunk_size])
+        with closing(resized(iter(requests))) as decoded:
             for which, halves in zip(requests, decoded, strict=True):
                 part = slice(which[0], which[-1] + 1)
                 a[part], b[part] = halves
         return a, b
 
 
-@dataclass(frozen=True)
-class LoaderOptions:
-    """What a loader does with a data set."""
-
-    direction: Direction = "BtoA"
-    load_size: int = 286
-    crop_size: int = 256
-    interpolation: Interpolation = "nearest"
-    flip: bool = True
-    shuffle: bool = True
-    batch_size: int = 1
-    seed: int = 0
-    loader: Literal["auto", "dali", "portable"] = "auto"
-    num_threads: int = 4
-    cache_bytes: int = 0
-    chunk: int | None = None
-
-    def __post_init__(self):
-        for field in ("load_size", "crop_size", "batch_size", "num_threads"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{field} {getattr(self, field)}: give a number of at least 1")
-        if self.seed < 0:
-            raise UserError(f"seed {self.seed}: must be 0 or more")
-        if self.load_size < self.crop_size:
-            raise UserError(
-                f"load_size {self.load_size} is smaller than --crop_size {self.crop_size}: a crop does not "
-                "fit; make load_size at least crop_size"
-            )
-
-
 def open_loader(
     root: str | Path,
-    options: LoaderOptions | None = None,
+    options: LoaderOptions = LoaderOptions(),  # noqa: B008 (frozen)
     *,
     split: str = "train",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Loader:
-    """Opens ``split`` of the data set in ``root``."""
-    o = LoaderOptions() if options is None else options
-    device = torch.device(device)
+    """Opens ``split`` of the data set in ``root`` (layouts: :func:`find_pairs`) for training.
+
+    Batches are of ``dtype``, in the memory of ``device``. Raises ``UserError`` for a data set or a loader
+    that cannot be used.
+    """
     pairs = find_pairs(root, split)
-    kind = _choose(o.loader)
-    needed = 2 * len(pairs) * o.load_size**2 * 3
-    chunk = o.chunk or (16 if device.type == "cpu" else 64)
-    return Loader(
-        pairs,
-        kind,
-        o.direction,
-        o.load_size,
-        o.crop_size,
-        o.interpolation,
-        o.flip,
-        o.shuffle,
-        o.batch_size,
-        o.seed,
-        device,
-        dtype,
-        o.num_threads,
-        chunk_size=max(1, chunk // o.batch_size) * o.batch_size,
-        cached=o.cache_bytes >= needed,
-    )
+    loader = Loader(pairs, options, _choose(options.loader), torch.device(device), dtype)
+    log.info(f"{len(pairs)} pairs of {root}, {split}, decoded by the {loader.kind} loader")
+    if options.cache_bytes and not loader.cached:
+        log.warning(
+            f"{len(pairs)} pairs take {loader._resized_bytes} bytes: too many for a cache of "
+            f"{options.cache_bytes} bytes"
+        )
+    return loader
 
 
-def _choose(loader: Literal["auto", "dali", "portable"]) -> Literal["dali", "portable"]:
-    if loader == "portable":
+def _choose(requested: Requested) -> Kind:
+    if requested == "portable":
         return "portable"
     try:
-        import nvidia.dali  # noqa: F401
-    except (ImportError, OSError) as error:  # OSError: a library that it needs is missing
-        if loader == "dali":
-            raise UserError(
-                f"--loader dali: NVIDIA DALI can't be imported here ({error}); use --loader portable"
-            ) from error
-        return "portable"
+        import fastpix2pix.data.dali_chunks  # noqa: F401
+    except Exception as error:  # DALI is absent or too old, or a library that it needs is
+        return _instead_of_dali(requested, error)
     return "dali"
+
+
+def _instead_of_dali(requested: Requested, error: Exception) -> Kind:
+    """What serves where DALI fails, said in one line. Raises ``UserError`` if DALI was asked for by name."""
+    fails = f"NVIDIA DALI can't be used here ({error})"
+    remedy = "pip install -U 'nvidia-dali-cuda120>=2.2'"
+    if requested == "dali":
+        raise UserError(f"--loader dali: {fails}; use --loader portable, or {remedy}") from error
+    log.warning(f"{fails}: the portable loader takes its place; {remedy} may mend it")
+    return "portable"
+
+
+def oriented(a: T, b: T, direction: Direction) -> tuple[T, T]:
+    """(source, target) of a pair."""
+    return (a, b) if direction == "AtoB" else (b, a)
 
 
 def load_pair(
@@ -266,4 +316,4 @@ def load_pair(
         normalize(resize(torch.from_numpy(half[None].copy()), size, interpolation), torch.float32)
         for half in pair.read()
     )
-    return (a, b) if direction == "AtoB" else (b, a)
+    return oriented(a, b, direction)

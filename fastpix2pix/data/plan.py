@@ -14,6 +14,17 @@ class Plan(NamedTuple):
     mirror: np.ndarray  # bool (count,): flipped left to right after the crop, p = 0.5
 
 
+class Chunk(NamedTuple):
+    """The plan of consecutive samples of one epoch that are decoded together."""
+
+    epoch: int
+    start: int  # the first sample's position in the epoch
+    which: np.ndarray  # int64 (n,): indices of the pairs; these four as in Plan
+    top: np.ndarray
+    left: np.ndarray
+    mirror: np.ndarray
+
+
 def epoch_plan(
     seed: int,
     epoch: int,

@@ -17,7 +17,7 @@ GENERATOR_DEPTHS = {"unet_32": 5, "unet_64": 6, "unet_128": 7, "unet_256": 8, "u
 class NetworkOptions:
     """Architecture of both networks and the seed of their weights; names as on the command line.
 
-    Raises UserError for a value that no network has.
+    Raises UserError, which calls fields by their flags, for a value that no network has.
     """
 
     preset: PresetName = "tutorial"
@@ -32,13 +32,13 @@ class NetworkOptions:
     def __post_init__(self):
         find_preset(self.preset)
         if self.netG not in GENERATOR_DEPTHS:
-            raise UserError(f"netG {self.netG}: unknown; choose one of {', '.join(GENERATOR_DEPTHS)}")
+            raise UserError(f"--netG {self.netG}: unknown; choose one of {', '.join(GENERATOR_DEPTHS)}")
         for field in ("ngf", "ndf", "n_layers_D"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
-                raise UserError(f"{field} {value}: give a whole number of at least 1")
+                raise UserError(f"--{field} {value}: give a whole number of at least 1")
         if self.norm not in ("batch", "instance"):
-            raise UserError(f"norm {self.norm}: choose batch or instance")
+            raise UserError(f"--norm {self.norm}: choose batch or instance")
 
     @property
     def num_downs(self) -> int:

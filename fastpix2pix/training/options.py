@@ -21,7 +21,7 @@ class StepOptions:
     ``TrainStep`` of its own computes in the type that the networks have. print_freq: how many steps' losses
     stay readable on the device.
 
-    Raises UserError for a value that no training can use.
+    Raises UserError, which calls fields by their flags, for a value that no training can use.
     """
 
     preset: PresetName = "tutorial"
@@ -35,17 +35,17 @@ class StepOptions:
     def __post_init__(self):
         find_preset(self.preset)
         if self.gan_mode not in ("vanilla", "lsgan"):
-            raise UserError(f"gan_mode {self.gan_mode}: choose vanilla or lsgan")
+            raise UserError(f"--gan_mode {self.gan_mode}: choose vanilla or lsgan")
         if self.precision not in (None, "bf16", "fp16", "tf32", "fp32"):
-            raise UserError(f"precision {self.precision}: choose bf16, fp16, tf32 or fp32")
+            raise UserError(f"--precision {self.precision}: choose bf16, fp16, tf32 or fp32")
         for field in ("lr", "lambda_L1"):
             value = getattr(self, field)
             if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{field} {value}: give a finite number of at least 0")
+                raise UserError(f"--{field} {value}: give a finite number of at least 0")
         if not 0 <= self.beta1 < 1:
-            raise UserError(f"beta1 {self.beta1}: give a number in [0, 1)")
+            raise UserError(f"--beta1 {self.beta1}: give a number in [0, 1)")
         if self.print_freq < 1:
-            raise UserError(f"print_freq {self.print_freq}: give a number of at least 1")
+            raise UserError(f"--print_freq {self.print_freq}: give a number of at least 1")
 
     @property
     def rules(self) -> Preset:

@@ -1,11 +1,13 @@
 """Every loader obeys the plan: batches against a plain numpy reading of the same files."""
 
+import importlib
 import io
 import itertools
 import multiprocessing
-import re
+import pathlib
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from golden import recipe
 from PIL import Image
 
-from fastpix2pix.data import find_pairs, open_loader
+from fastpix2pix.data import Loader, LoaderOptions, find_pairs, open_loader
 from fastpix2pix.data import loader as loader_module
 from fastpix2pix.data.pairs import read_rgb
 from fastpix2pix.data.plan import Plan, epoch_plan
@@ -28,6 +30,10 @@ def kind(request) -> str:
     if request.param == "dali":
         pytest.importorskip("nvidia.dali")
     return request.param
+
+
+def opened(root, device: str = "cpu", dtype: torch.dtype = torch.float32, **options) -> Loader:
+    return open_loader(root, LoaderOptions(**options), device=device, dtype=dtype)
 
 
 def write_pairs(
@@ -86,7 +92,7 @@ def take(stream, count: int) -> list:
 def test_batches_are_those_of_the_plan(tmp_path, kind, direction, batch_size, chunk, cache_bytes):
     pictures = write_pairs(tmp_path / "train", 7)
     settings = {"direction": direction, "batch_size": batch_size, "chunk": chunk, "cache_bytes": cache_bytes}
-    loader = open_loader(tmp_path, loader=kind, num_threads=1, **settings, **SIZES)
+    loader = opened(tmp_path, loader=kind, num_threads=1, **settings, **SIZES)
     assert loader.kind == kind and len(loader) == 7
     assert loader.batches_per_epoch == -(-7 // batch_size)
     wanted = take(expected_stream(pictures, batch_size, direction), 3 * loader.batches_per_epoch)
@@ -104,7 +110,7 @@ def test_samples_are_the_tutorials(tmp_path, golden, kind, monkeypatch, mirrored
     corner = np.array([tutorial["corner"]["y"]]), np.array([tutorial["corner"]["x"]])
     plan = Plan(np.array([0]), *corner, np.array([mirrored]))
     monkeypatch.setattr(loader_module, "epoch_plan", lambda *_, **__: plan)
-    loader = open_loader(tmp_path, loader=kind, num_threads=1)
+    loader = opened(tmp_path, loader=kind, num_threads=1)
     batch = next(loader.stream())
     loader.close()
     for image, name in ((batch.source, "input"), (batch.target, "real")):
@@ -120,7 +126,7 @@ def test_pictures_of_many_sizes_and_two_folders(tmp_path, kind):
             folder = tmp_path / half / "train"
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(part).save(folder / f"{k + 1}.png")
-    loader = open_loader(tmp_path, loader=kind, num_threads=1, batch_size=2, chunk=4, seed=5, **SIZES)
+    loader = opened(tmp_path, loader=kind, num_threads=1, batch_size=2, chunk=4, seed=5, **SIZES)
     for batch, expected in zip(
         loader.stream(), take(expected_stream(pictures, 2, "BtoA", seed=5), 6), strict=False
     ):
@@ -130,7 +136,7 @@ def test_pictures_of_many_sizes_and_two_folders(tmp_path, kind):
 
 def test_without_shuffle_and_flip(tmp_path, kind):
     pictures = write_pairs(tmp_path / "train", 3)
-    loader = open_loader(tmp_path, loader=kind, num_threads=1, shuffle=False, flip=False, **SIZES)
+    loader = opened(tmp_path, loader=kind, num_threads=1, shuffle=False, flip=False, **SIZES)
     wanted = take(expected_stream(pictures, 1, "BtoA", shuffle=False, flip=False), 6)
     batches = take(loader.stream(), 6)
     assert [b.names for b in batches] == [("1",), ("2",), ("3",)] * 2
@@ -151,10 +157,10 @@ def test_resume_goes_on_exactly(tmp_path, kind, cache_bytes):
         "cache_bytes": cache_bytes,
         **SIZES,
     }
-    loader = open_loader(tmp_path, **settings)
+    loader = opened(tmp_path, **settings)
     run = take(loader.stream(), 12)
     for stop in (0, 1, 3, 5):
-        resumed = open_loader(tmp_path, **settings)
+        resumed = opened(tmp_path, **settings)
         for ours, theirs in zip(
             resumed.stream(run[stop].epoch, run[stop].position), run[stop + 1 :], strict=False
         ):
@@ -167,7 +173,7 @@ def test_resume_goes_on_exactly(tmp_path, kind, cache_bytes):
 def test_batches_outlive_their_chunk(tmp_path, kind):
     """The decoder's buffers are reused; a batch that the user keeps must not change under his hands."""
     pictures = write_pairs(tmp_path / "train", 8, size=(36, 36))  # no resize between decoder and batch
-    loader = open_loader(tmp_path, loader=kind, num_threads=1, batch_size=2, chunk=2, **SIZES)
+    loader = opened(tmp_path, loader=kind, num_threads=1, batch_size=2, chunk=2, **SIZES)
     batches = take(loader.stream(), 16)
     for batch, expected in zip(batches, expected_stream(pictures, 2, "BtoA"), strict=False):
         assert_same(batch, expected)
@@ -177,7 +183,7 @@ def test_batches_outlive_their_chunk(tmp_path, kind):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_dtype(tmp_path, kind, dtype):
     pictures = write_pairs(tmp_path / "train", 2)
-    loader = open_loader(tmp_path, loader=kind, num_threads=1, dtype=dtype, **SIZES)
+    loader = opened(tmp_path, loader=kind, num_threads=1, dtype=dtype, **SIZES)
     batch, expected = next(loader.stream()), next(expected_stream(pictures, 1, "BtoA"))
     assert batch.source.dtype == batch.target.dtype == dtype
     assert torch.equal(batch.source.permute(0, 2, 3, 1), torch.from_numpy(expected[0]).to(dtype))
@@ -189,7 +195,7 @@ def test_dali_gives_pillows_samples_of_real_jpegs(facades, interpolation):
     """Equal to the last bit where both decode with one libjpeg-turbo; another build may round differently."""
     pytest.importorskip("nvidia.dali")
     streams = [
-        open_loader(facades, loader=k, num_threads=1, batch_size=4, chunk=8, interpolation=interpolation)
+        opened(facades, loader=k, num_threads=1, batch_size=4, chunk=8, interpolation=interpolation)
         for k in ("dali", "portable")
     ]
     for dali, portable in zip(*(take(loader.stream(3, 100), 6) for loader in streams), strict=True):
@@ -217,7 +223,7 @@ def test_every_kind_of_file_gives_the_same_picture_everywhere(tmp_path, kind):
     noise.save(folder / "progressive.jpg", progressive=True)
     noise.save(folder / "exif.jpg", exif=exif)
     pairs = find_pairs(tmp_path, "train")
-    loader = open_loader(tmp_path, loader=kind, num_threads=1, shuffle=False, flip=False, **SIZES)
+    loader = opened(tmp_path, loader=kind, num_threads=1, shuffle=False, flip=False, **SIZES)
     plan = epoch_plan(0, 0, len(pairs), **SIZES, flip=False, shuffle=False)
     for k, (pair, batch) in enumerate(zip(pairs, loader.stream(), strict=False)):
         for image, half in zip((batch.target, batch.source), pair.read(), strict=True):
@@ -230,7 +236,7 @@ def test_every_kind_of_file_gives_the_same_picture_everywhere(tmp_path, kind):
 def test_dali_is_given_only_files_that_every_decoder_reads_alike(tmp_path):
     """The others reach it as 8-bit RGB PNGs of what Pillow read."""
     pytest.importorskip("nvidia.dali")
-    from fastpix2pix.data.dali import _encoded
+    from fastpix2pix.data.dali_chunks import _encoded
 
     deep = tmp_path / "deep.png"
     Image.fromarray(RNG.integers(0, 65536, (8, 16)).astype(np.uint16)).save(deep)
@@ -240,15 +246,28 @@ def test_dali_is_given_only_files_that_every_decoder_reads_alike(tmp_path):
     assert _encoded(deep, plain=True).tobytes() == deep.read_bytes()
 
 
+SLOW_REPAIRS = [("dali", 10**8), ("portable", 0), ("portable", 10**8)]
+
+
+def damaged(picture: bytes) -> bytes:
+    """Whole by its header and its last bytes; a PNG's pixels, or a JPEG's Huffman table, are nonsense."""
+    spoiled = bytearray(picture)
+    if picture.startswith(b"\xff\xd8"):
+        table = picture.index(b"\xff\xc4") + 5
+        spoiled[table : table + 16] = b"\xff" * 16
+    else:
+        middle = len(picture) // 2
+        spoiled[middle : middle + 60] = bytes(60)
+    return bytes(spoiled)
+
+
 @pytest.mark.parametrize("cache_bytes", [0, 10**6])
 def test_file_damaged_inside_is_named(tmp_path, kind, cache_bytes):
     write_pairs(tmp_path / "train", 9)
     path = tmp_path / "train" / "5.png"
-    damaged = bytearray(path.read_bytes())
-    damaged[len(damaged) // 2 : len(damaged) // 2 + 60] = bytes(60)
-    path.write_bytes(damaged)
+    path.write_bytes(damaged(path.read_bytes()))
     settings = {"num_threads": 1, "chunk": 9, "shuffle": False, "cache_bytes": cache_bytes, **SIZES}
-    loader = open_loader(tmp_path, loader=kind, **settings)
+    loader = opened(tmp_path, loader=kind, **settings)
     with pytest.raises(UserError) as caught:
         take(loader.stream(), 9)
     assert str(caught.value).startswith(f"{path}: cannot be decoded")
@@ -256,9 +275,63 @@ def test_file_damaged_inside_is_named(tmp_path, kind, cache_bytes):
     loader.close()
 
 
+def test_file_that_dali_alone_refuses_is_named(tmp_path, monkeypatch):
+    pytest.importorskip("nvidia.dali")
+    from fastpix2pix.data import dali_chunks
+
+    write_pairs(tmp_path / "train", 9)
+    path = tmp_path / "train" / "5.png"
+    path.write_bytes(damaged(path.read_bytes()))
+    monkeypatch.setattr(dali_chunks, "read_rgb", lambda path: None)
+    loader = opened(tmp_path, loader="dali", num_threads=1, chunk=9, **SIZES)
+    with pytest.raises(UserError) as caught:
+        next(loader.stream())
+    assert str(caught.value).startswith(f"{path}: DALI cannot decode it (")
+    assert "--loader portable" in str(caught.value) and "File " not in str(caught.value)
+    loader.close()
+
+
+@pytest.mark.parametrize(
+    "kind, cache_bytes",
+    [("dali", 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_REPAIRS)],
+)
+def test_each_of_30_damaged_files_in_400_is_named(tmp_path, kind, cache_bytes):
+    """A user mends one file at a time and goes on from where the run stopped."""
+    if kind == "dali":
+        pytest.importorskip("nvidia.dali")
+    rng = np.random.default_rng(1)
+    whole = {}
+    for half in "AB":
+        folder = tmp_path / "train" / half
+        folder.mkdir(parents=True)
+        for k in range(400):
+            picture = Image.fromarray(rng.integers(0, 256, (36, 36, 3), dtype=np.uint8))
+            picture.save(folder / f"{k}{'.jpg' if k % 2 else '.png'}")
+    options = {"loader": kind, "num_threads": 1, "chunk": 64, "cache_bytes": cache_bytes, **SIZES}
+    loader = opened(tmp_path, **options)
+    for k in rng.choice(400, 30, replace=False):
+        path = tmp_path / "train" / "AAB"[k % 3] / f"{k}{'.jpg' if k % 2 else '.png'}"
+        whole[path] = path.read_bytes()
+        path.write_bytes(damaged(whole[path]))
+    named = []
+    epoch = position = 0
+    while epoch == 0:
+        try:
+            for batch in loader.stream(epoch, position):
+                epoch, position = batch.epoch, batch.position
+                if epoch:
+                    break
+        except UserError as error:
+            path = pathlib.Path(str(error).split(": ")[0])
+            path.write_bytes(whole[path])
+            named.append(path)
+        loader.close()
+    assert len(named) == 30 and set(named) == set(whole)
+
+
 def test_file_that_vanishes_is_named(tmp_path, kind):
     write_pairs(tmp_path / "train", 3)
-    loader = open_loader(tmp_path, loader=kind, num_threads=1, **SIZES)
+    loader = opened(tmp_path, loader=kind, num_threads=1, **SIZES)
     (tmp_path / "train" / "2.png").unlink()
     with pytest.raises(UserError, match="2.png"):
         take(loader.stream(), 3)
@@ -267,7 +340,7 @@ def test_file_that_vanishes_is_named(tmp_path, kind):
 
 def test_good_batches_before_a_damaged_file_arrive(tmp_path, kind):
     pictures = write_pairs(tmp_path / "train", 6)
-    loader = open_loader(tmp_path, loader=kind, num_threads=1, chunk=1, shuffle=False, **SIZES)
+    loader = opened(tmp_path, loader=kind, num_threads=1, chunk=1, shuffle=False, **SIZES)
     path = tmp_path / "train" / "6.png"
     path.write_bytes(path.read_bytes()[:200])
     wanted = expected_stream(pictures, 1, "BtoA", shuffle=False)
@@ -284,7 +357,7 @@ def test_close_leaves_no_thread_and_no_process(tmp_path, kind):
 
     write_pairs(tmp_path / "train", 3)
     before = threads()
-    loader = open_loader(tmp_path, loader=kind, num_threads=2, **SIZES)
+    loader = opened(tmp_path, loader=kind, num_threads=2, **SIZES)
     streams = [loader.stream(), loader.stream()]
     for stream in streams:
         next(stream)
@@ -305,34 +378,109 @@ def test_close_leaves_no_thread_and_no_process(tmp_path, kind):
 def test_settings_that_cannot_be(tmp_path, settings, named):
     write_pairs(tmp_path / "train", 1)
     with pytest.raises(UserError, match=named):
-        open_loader(tmp_path, **{**SIZES, **settings})
+        opened(tmp_path, **{**SIZES, **settings})
 
 
-def test_loader_is_chosen_by_what_can_be_imported(tmp_path, monkeypatch):
-    write_pairs(tmp_path / "train", 1)
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # an import of it now fails
-    assert open_loader(tmp_path, **SIZES).kind == "portable"
+@pytest.fixture
+def dali_not_yet_imported(monkeypatch):
+    import fastpix2pix.data
+
+    pytest.importorskip("nvidia.dali")
+    for name in ("dali", "dali_chunks"):
+        importlib.import_module(f"fastpix2pix.data.{name}")
+        monkeypatch.delitem(sys.modules, f"fastpix2pix.data.{name}")
+        monkeypatch.delattr(fastpix2pix.data, name)
+
+
+def refusal_to_use_dali(tmp_path, caplog) -> str:
+    """The one line that "auto" logs when it opens, or starts, the portable loader instead."""
+    write_pairs(tmp_path / "train", 2)
+    with caplog.at_level("WARNING"):
+        loader = opened(tmp_path, num_threads=1, **SIZES)
+        assert next(loader.stream()).source.shape == (1, 3, 32, 32)
+        assert loader.kind == "portable"
+        next(loader.stream())
+        loader.close()
+    (record,) = caplog.records
+    assert "\n" not in record.message and "pip install" in record.message
     with pytest.raises(UserError, match="--loader portable"):
-        open_loader(tmp_path, loader="dali", **SIZES)
-    monkeypatch.setitem(sys.modules, "nvidia.dali", sys)
-    assert open_loader(tmp_path, **SIZES).kind == "dali"
-    assert open_loader(tmp_path, loader="portable", **SIZES).kind == "portable"
+        next(opened(tmp_path, loader="dali", num_threads=1, **SIZES).stream())
+    return record.message
+
+
+def test_dali_absent(tmp_path, monkeypatch, caplog, dali_not_yet_imported):
+    for name in ("nvidia.dali", "nvidia.dali.fn"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it now fails
+    assert "nvidia.dali" in refusal_to_use_dali(tmp_path, caplog)
+    with pytest.raises(UserError, match="--loader dali"):
+        opened(tmp_path, loader="dali", **SIZES)
+    assert opened(tmp_path, loader="portable", **SIZES).kind == "portable"
+
+
+def test_dali_too_old(tmp_path, monkeypatch, caplog, dali_not_yet_imported):
+    monkeypatch.setattr("nvidia.dali.__version__", "2.1.1")
+    assert "2.1.1 is older than 2.2" in refusal_to_use_dali(tmp_path, caplog)
+
+
+def test_dali_that_cannot_build_its_pipeline(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("nvidia.dali")
+    from fastpix2pix.data import dali
+
+    def fails(**settings):
+        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(dali, "training_pipeline", fails)
+    assert "CUDA driver" in refusal_to_use_dali(tmp_path, caplog)
+
+
+def test_dali_that_decodes_nothing(tmp_path, monkeypatch, caplog):
+    """As on a machine whose driver or GPU its decoder does not know: no file is to blame."""
+    pytest.importorskip("nvidia.dali")
+    from fastpix2pix.data import dali
+
+    decoded = dali._decoded
+    monkeypatch.setattr(dali, "_decoded", lambda file, device: decoded(file[:20], device))
+    assert "nvImageCodec" in refusal_to_use_dali(tmp_path, caplog)
+
+
+def test_nothing_of_dali_lives_before_the_first_batch(tmp_path, monkeypatch):
+    """Nor after close: a CUDA graph can be captured in between."""
+    pytest.importorskip("nvidia.dali")
+    from fastpix2pix.data import dali
+
+    pipelines = weakref.WeakSet()
+    make = dali.training_pipeline
+
+    def noted(**settings):
+        pipeline = make(**settings)
+        pipelines.add(pipeline)
+        return pipeline
+
+    monkeypatch.setattr(dali, "training_pipeline", noted)
+    write_pairs(tmp_path / "train", 2)
+    loader = opened(tmp_path, loader="dali", num_threads=1, **SIZES)
+    stream = loader.stream()
+    assert not pipelines
+    next(stream)
+    assert len(pipelines) == 1
+    loader.close()
+    assert not pipelines
 
 
 def test_cache_too_small_is_said_and_not_used(tmp_path, kind, caplog, monkeypatch):
     write_pairs(tmp_path / "train", 3)
     needed = 3 * 2 * 36 * 36 * 3
     with caplog.at_level("WARNING"):
-        loader = open_loader(tmp_path, loader=kind, cache_bytes=needed - 1, **SIZES)
+        loader = opened(tmp_path, loader=kind, cache_bytes=needed - 1, **SIZES)
     assert str(needed) in caplog.text
-    monkeypatch.setattr(loader, "_decode_all", lambda: pytest.fail("the cache was filled"))
+    monkeypatch.setattr(loader, "_filled_cache", lambda resized: pytest.fail("the cache was filled"))
     next(loader.stream())
     loader.close()
 
 
 def test_cache_decodes_once(tmp_path, kind):
     pictures = write_pairs(tmp_path / "train", 3)
-    loader = open_loader(tmp_path, loader=kind, num_threads=1, cache_bytes=3 * 2 * 36 * 36 * 3, **SIZES)
+    loader = opened(tmp_path, loader=kind, num_threads=1, cache_bytes=3 * 2 * 36 * 36 * 3, **SIZES)
     stream = loader.stream()
     first = next(stream)
     for path in (tmp_path / "train").iterdir():
@@ -343,52 +491,42 @@ def test_cache_decodes_once(tmp_path, kind):
     loader.close()
 
 
-# ---- DALI's GPU form ---------------------------------------------------------------------------
-
-
-def serialised(device: str, files_per_pair: int) -> list[bytes]:
-    """The words of the serialised pipeline: operators, arguments and their values as far as they are text."""
-    from fastpix2pix.data.dali import pair_pipeline
-
-    settings = {"batch_size": 4, "num_threads": 1, "device_id": None}
-    pipeline = pair_pipeline(source=lambda: None, files_per_pair=files_per_pair, device=device, **settings)
-    return re.findall(rb"[A-Za-z_][A-Za-z_.]{3,}", pipeline.serialize())
-
-
-@pytest.mark.parametrize("files_per_pair", [1, 2])
-def test_gpu_pipeline_is_the_cpu_pipeline_on_another_device(files_per_pair):
-    """DALI checks every operator, argument and device of the GPU form when it is serialised."""
-    pytest.importorskip("nvidia.dali")
-    on_cpu, on_gpu = (serialised(device, files_per_pair) for device in ("cpu", "gpu"))
-    assert on_gpu.count(b"mixed") == files_per_pair
-    assert on_gpu.count(b"Slice") == on_cpu.count(b"Slice")
-    assert [word for word in on_gpu if word != b"mixed"] == on_cpu
+# ---- on a GPU ------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("interpolation", ["nearest", "bicubic"])
 @pytest.mark.parametrize("cache_bytes", [0, 10**7])
-def test_gpu_gives_the_cpus_samples(tmp_path, kind, cache_bytes):
-    pictures = write_pairs(tmp_path / "train", 7)
-    settings = {
-        "loader": kind,
+def test_gpu_gives_the_cpus_samples(tmp_path, kind, interpolation, dtype, cache_bytes):
+    for k, size in enumerate([(40, 40), (40, 40), (36, 36), (50, 30), (64, 64), (40, 40), (20, 70)]):
+        write_pairs(tmp_path / "train" / str(k), 1, size=size)
+        (tmp_path / "train" / str(k) / "1.png").rename(tmp_path / "train" / f"{k}.png")
+        (tmp_path / "train" / str(k)).rmdir()
+    options = {
         "batch_size": 2,
         "chunk": 4,
         "cache_bytes": cache_bytes,
-        "device": "cuda",
+        "interpolation": interpolation,
         **SIZES,
     }
-    loader = open_loader(tmp_path, **settings)
-    for batch, expected in zip(loader.stream(), take(expected_stream(pictures, 2, "BtoA"), 12), strict=False):
-        assert batch.source.is_cuda and batch.target.is_cuda
-        assert_same(type(batch)(batch.source.cpu(), batch.target.cpu(), *batch[2:]), expected)
-    loader.close()
+    on_gpu = opened(tmp_path, "cuda", dtype, loader=kind, **options)
+    on_cpu = opened(tmp_path, "cpu", dtype, loader="portable", **options)
+    for ours, theirs in zip(*(take(loader.stream(), 12) for loader in (on_gpu, on_cpu)), strict=True):
+        assert ours[2:] == theirs[2:]
+        for mine, other in zip(ours[:2], theirs[:2], strict=True):
+            assert mine.is_cuda and torch.equal(mine.cpu(), other)
+            assert mine.is_contiguous(memory_format=torch.channels_last)
+    assert on_gpu.kind == kind
+    on_gpu.close()
+    on_cpu.close()
 
 
 @pytest.mark.gpu
 def test_nvjpeg_is_close_to_pillow(facades):
     pytest.importorskip("nvidia.dali")
-    on_gpu = open_loader(facades, loader="dali", device="cuda", batch_size=8)
-    by_pillow = open_loader(facades, loader="portable", batch_size=8)
+    on_gpu = opened(facades, loader="dali", device="cuda", batch_size=8)
+    by_pillow = opened(facades, loader="portable", batch_size=8)
     for ours, theirs in zip(*(take(loader.stream(), 3) for loader in (on_gpu, by_pillow)), strict=True):
         off = (ours.source.cpu() - theirs.source).abs() * 127.5
         assert off.mean() < 0.5 and off.max() <= 8

@@ -6,7 +6,7 @@ import os
 import numpy as np
 from PIL import Image
 
-from fastpix2pix.data import open_loader
+from fastpix2pix.data import LoaderOptions, open_loader
 
 
 def test_garbage_is_collected_before_workers_are_forked(tmp_path):
@@ -26,7 +26,8 @@ def test_garbage_is_collected_before_workers_are_forked(tmp_path):
     gc.disable()
     try:
         Forgotten()
-        loader = open_loader(tmp_path, loader="portable", load_size=8, crop_size=8, num_threads=1)
+        options = LoaderOptions(loader="portable", load_size=8, crop_size=8, num_threads=1)
+        loader = open_loader(tmp_path, options)
         next(loader.stream())
         assert collected_by == [os.getpid()] and gc.get_freeze_count() == 0
     finally:

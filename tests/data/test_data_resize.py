@@ -53,7 +53,7 @@ def test_resized_and_jittered_pixels_are_the_tutorials(tutorial, picture, name):
     assert sha256(resized) == tutorial["sha256_of_resized_uint8"][name]
     for mirrored, key in ((False, "not_flipped"), (True, "flipped")):
         corner = np.array([tutorial["corner"]["y"]]), np.array([tutorial["corner"]["x"]])
-        result = jitter(resized, np.array([0]), *corner, np.array([mirrored]), 256, torch.float32)
+        result = jitter(resized, *corner, np.array([mirrored]), 256, torch.float32)
         assert sha256(result.permute(0, 2, 3, 1)) == tutorial["sha256_of_float32"][key][name]
 
 
@@ -109,18 +109,19 @@ def test_both_bicubics_go_along_the_rows_first_in_tall_pictures():
     assert torch.equal(pillow_bicubic(image, 286), integer_bicubic(image, 286))
 
 
-def test_jitter_takes_the_named_crops():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_jitter_takes_the_planned_crops(dtype):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (5, 12, 12, 3), dtype=np.uint8)
-    which, top, left = np.array([4, 0, 0, 2]), np.array([0, 4, 1, 2]), np.array([4, 0, 3, 2])
+    which, top, left = [4, 0, 0, 2], np.array([0, 4, 1, 2]), np.array([4, 0, 3, 2])
     mirror = np.array([True, False, True, False])
-    result = jitter(torch.from_numpy(images), which, top, left, mirror, 8, torch.float32)
+    result = jitter(torch.from_numpy(images[which]), top, left, mirror, 8, dtype)
     assert result.shape == (4, 3, 8, 8) and result.is_contiguous(memory_format=torch.channels_last)
     for k in range(4):
         crop = images[which[k], top[k] : top[k] + 8, left[k] : left[k] + 8]
         crop = crop[:, ::-1] if mirror[k] else crop
         expected = crop.astype(np.float32) / np.float32(127.5) - np.float32(1)
-        assert np.array_equal(result[k].permute(1, 2, 0).numpy(), expected)
+        assert torch.equal(result[k].permute(1, 2, 0), torch.from_numpy(expected).to(dtype))
 
 
 @pytest.mark.gpu
@@ -129,6 +130,6 @@ def test_gpu_gives_the_cpus_pixels(interpolation):
     images = torch.randint(0, 256, (3, 300, 200, 3), dtype=torch.uint8)
     on_gpu = resize(images.cuda(), 286, interpolation)
     assert torch.equal(on_gpu.cpu(), resize(images, 286, interpolation))
-    plan = np.array([2, 0]), np.array([30, 3]), np.array([0, 7]), np.array([True, False])
+    plan = np.array([30, 3, 0]), np.array([0, 7, 30]), np.array([True, False, True])
     jittered = jitter(on_gpu, *plan, 256, torch.float32)
     assert torch.equal(jittered.cpu(), jitter(on_gpu.cpu(), *plan, 256, torch.float32))
