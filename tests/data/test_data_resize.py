@@ -7,9 +7,10 @@ from golden import recipe
 from PIL import Image
 
 from fastpix2pix.data import load_pair
-from fastpix2pix.data.jitter import jitter, normalize
+from fastpix2pix.data.jitter import jitter
 from fastpix2pix.data.pairs import Pair
 from fastpix2pix.data.resize import integer_bicubic, nearest_indices, pillow_bicubic, resize
+from fastpix2pix.pixels import normalize
 
 CPU = torch.device("cpu")
 

@@ -105,7 +105,7 @@ def make_images(watch) -> list:
                 made[interpolation] = resize(images, 40, interpolation)
     numbers = np.arange(5)
     with watch("jitter"):
-        made["jitter"] = jitter(made["nearest"], numbers, numbers, numbers, numbers % 2, 32, torch.float16)
+        made["jitter"] = jitter(made["nearest"], numbers, numbers, numbers % 2, 32, torch.float16)
     return [[name, str(tensor.device), list(tensor.shape)] for name, tensor in made.items()]
 
 
@@ -184,15 +184,11 @@ def test_images_are_resized_and_jittered_on_their_gpu(report: Report):
         ["bicubic", DEVICE, [5, 40, 40, 3]],
         ["jitter", DEVICE, [5, 3, 32, 32]],
     ]
-    for name in ("nearest: first", "nearest: again", "bicubic: again"):
+    for name in ("nearest: first", "nearest: again", "bicubic: again", "jitter"):
         assert_on_its_device(report.sections[name])
         assert_never_waits(report.sections[name])
-    # The filter's tables, once for each size of images; and a few numbers of a chunk's plan.
-    tables, jitter = report.sections["bicubic: first"], report.sections["jitter"]
+    tables = report.sections["bicubic: first"]  # of the filter, once for each size of images
     assert not tables.mixtures and {transfer.target for transfer in tables.transfers} == {DEVICE}
-    assert not jitter.mixtures and not jitter.waits
-    for transfer in jitter.transfers:
-        assert transfer.target == DEVICE and transfer.elements <= 4 * 5
 
 
 def test_what_a_fake_gpu_notices(report: Report):
