@@ -123,11 +123,11 @@ def adam_advance(
 def adam_mark_non_finite(grads, sizes, found_inf, BLOCK: tl.constexpr):
     """Sets found_inf to 1 if a value of grads is infinite or NaN, else leaves it.
 
-    Every program that finds one stores the same value, so the order does not matter and no atomic is needed.
+    Several programs may find one: the flag is raised atomically, which needs no order between them.
     """
     which, block = _own_block(sizes, BLOCK)
     position = block * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(_pick(grads, which) + position, mask=position < _pick(sizes, which), other=0.0)
     value = g if g.dtype == tl.float64 else g.to(tl.float32)
     finite = tl.abs(value) < float("inf")  # false for NaN
-    tl.store(found_inf + tl.zeros((BLOCK,), tl.int32), 1.0, mask=finite == 0)
+    tl.atomic_max(found_inf, 1.0, mask=tl.max((finite == 0).to(tl.int32)) > 0, sem="relaxed")
