@@ -1,41 +1,37 @@
-from pathlib import Path
+"""Which folders are packages; everything else about the project is said in pyproject.toml."""
 
 from setuptools import setup
+from setuptools.command.editable_wheel import editable_wheel
 
-# DALI publishes wheels for Linux on x86-64 and Arm only; elsewhere the portable loader runs.
-HAS_DALI = 'sys_platform == "linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")'
+KERNELS = "fastpix2pix.kernels"
+IN_PLACE = [
+    "fastpix2pix",
+    "fastpix2pix.data",
+    "fastpix2pix.interop",
+    "fastpix2pix.interop.junyanz",
+    "fastpix2pix.models",
+    "fastpix2pix.training",
+]
 
-# On x86-64 Linux plain "tensorflow" is the build with CUDA; elsewhere it is the one to have.
-X86_LINUX = 'sys_platform == "linux" and platform_machine == "x86_64"'
-NOT_X86_LINUX = 'sys_platform != "linux" or platform_machine != "x86_64"'
+
+class EditableByPath(editable_wheel):
+    """``pip install -e`` by a path to the clone rather than by setuptools' import hook.
+
+    Python asks import hooks last, so from the folder that contains the clone it would find the clone itself,
+    a folder called fastpix2pix without ``__init__.py``, first. A package found on any path comes before
+    such a folder. setuptools writes a path where all packages lie below one folder: ``kernels`` is left out
+    here, and ``fastpix2pix/__init__.py`` finds it beside itself.
+    """
+
+    def finalize_options(self):
+        self.distribution.packages = IN_PLACE
+        self.distribution.package_dir = {"": "."}
+        super().finalize_options()
+
 
 setup(
-    name="fastpix2pix",
-    version="0.1.0",
-    description="pix2pix training as fast as the hardware allows, with the TensorFlow tutorial's numbers",
-    long_description=Path("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    python_requires=">=3.10",
-    packages=["fastpix2pix", "fastpix2pix.data", "fastpix2pix.interop", "fastpix2pix.kernels"],
-    package_dir={"fastpix2pix.kernels": "kernels"},
-    install_requires=[
-        "torch>=2.8",
-        'triton>=3.4; sys_platform == "linux"',
-        f"nvidia-dali-cuda120>=2.2; {HAS_DALI}",
-        "numpy>=1.24",
-        "Pillow>=9.5",
-        "tensorboard>=2.14",
-        "tyro>=0.9",
-        "tqdm>=4.65",
-        "pooch[progress]>=1.8",
-        "requests>=2.28",
-        "filelock>=3.12",
-    ],
-    extras_require={
-        "export": ["onnx>=1.15", "onnxruntime>=1.17"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "onnx>=1.15", "onnxruntime>=1.17"],
-        "golden": [f"tensorflow-cpu>=2.16; {X86_LINUX}", f"tensorflow>=2.16; {NOT_X86_LINUX}"],
-        "bench": ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.7"],
-    },
+    packages=[*IN_PLACE, KERNELS],
+    package_dir={KERNELS: "kernels"},
+    package_data={"fastpix2pix": ["py.typed"]},
+    cmdclass={"editable_wheel": EditableByPath},
 )
