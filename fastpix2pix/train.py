@@ -170,7 +170,7 @@ def train(config: TrainConfig) -> None:
     )
     prepared.capture(batch_shapes(loader, config))
     step = prepared.step
-    at = Position() if found is None else restore(step, found[1])
+    at = Position() if found is None else restore(step, found[1], found[0])
     folder = prepare_run_folder(config)
 
     def environment_block() -> dict:

@@ -47,7 +47,7 @@ def full_precision(network: nn.Module, optimizer: MasterAdam) -> dict[str, Tenso
 def check_architecture(config: TrainConfig, state: dict, path: Path) -> None:
     """Raise UserError when the checkpoint at ``path`` is of other networks than ``config``'s."""
     for field in ARCHITECTURE:
-        mine, theirs = getattr(config, field), state["config"][field]
+        mine, theirs = getattr(config, field), state["config"].get(field)
         if mine != theirs:
             raise UserError(
                 f"--{field} {mine}: {path} was trained with {theirs}; drop the flag, or start another run "
@@ -55,13 +55,61 @@ def check_architecture(config: TrainConfig, state: dict, path: Path) -> None:
             )
 
 
-def restore(step: TrainStep, state: dict) -> Position:
-    """Set ``step`` to a checkpoint's ``training_state``, and return where it stands."""
+def restore(step: TrainStep, state: dict, path: Path) -> Position:
+    """Set ``step`` to the ``training_state`` in the checkpoint at ``path``, and return where it stands.
+
+    Raises UserError, with ``step`` as it was, when an entry is missing, or of another type or shape.
+    """
+    wanted = training_state(step, TrainConfig(), {}, Position())
+    for name in ("config", "environment", "loss_scale"):  # depend on the machine, or may be absent
+        del wanted[name]
+    if step.loss_scale is not None and state.get("loss_scale") is not None:
+        wanted["loss_scale"] = step.loss_scale.state_dict()
+    if difference := _difference(wanted, state):
+        raise UserError(
+            f"{path}: {difference}: not a checkpoint of this version and configuration; delete it to use the "
+            "one before it, or use the version that wrote it"
+        )
     step.generator.load_state_dict(state["generator"])
     step.discriminator.load_state_dict(state["discriminator"])
     step.gen_optimizer.load_state_dict(state["gen_optimizer"])
     step.disc_optimizer.load_state_dict(state["disc_optimizer"])
-    if step.loss_scale is not None and state["loss_scale"] is not None:
+    if "loss_scale" in wanted:
         step.loss_scale.load_state_dict(state["loss_scale"])
     step.generator.rng.copy_(state["dropout_rng"])
     return Position(state["step"], state["data"]["epoch"], state["data"]["position"])
+
+
+def _difference(wanted: object, found: object, where: str = "") -> str | None:
+    """The first entry of ``wanted`` that ``found`` lacks or has in another type or shape, in words.
+
+    Tensors may be of another floating-point type, and dictionaries may hold more than is wanted.
+    """
+    if isinstance(wanted, Tensor):
+        if not isinstance(found, Tensor) or found.is_floating_point() != wanted.is_floating_point():
+            return f"{where} is {_kind(found)}, not {_kind(wanted)}"
+        if found.shape != wanted.shape:
+            return f"{where} has shape {tuple(found.shape)}, not {tuple(wanted.shape)}"
+        return None
+    kinds = (float, int) if isinstance(wanted, float) else type(wanted)
+    if not isinstance(found, kinds) or isinstance(found, bool) != isinstance(wanted, bool):
+        return f"{where or 'all of it'} is {_kind(found)}, not {_kind(wanted)}"
+    if isinstance(wanted, int) and found < 0:
+        return f"{where} is {found}"
+    if isinstance(wanted, dict):
+        missing = [key for key in wanted if key not in found]
+        if missing:
+            return f"{where + '.' if where else ''}{missing[0]} is missing"
+        keys = wanted
+    elif isinstance(wanted, list | tuple):
+        if len(found) != len(wanted):
+            return f"{where} has {len(found)} entries, not {len(wanted)}"
+        keys = range(len(wanted))
+    else:
+        return None
+    parts = (_difference(wanted[key], found[key], f"{where}.{key}" if where else f"{key}") for key in keys)
+    return next((part for part in parts if part is not None), None)
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
