@@ -74,7 +74,8 @@ def compare(translator: Translator, path: Path, images: Tensor) -> float:
         for image in images:
             (theirs,) = session.run(None, {"input": image[None].numpy()})
             ours = translator(image[None])
-            largest = max(largest, float(np.abs(theirs - ours.numpy()).max()))
+            # np.maximum, for max(0.0, nan) is 0.0
+            largest = float(np.maximum(largest, np.abs(theirs - ours.numpy()).max()))
         return largest
     finally:
         for epilogue, config in configs:

@@ -24,7 +24,13 @@ from fastpix2pix.monitor import Monitor
 from fastpix2pix.report import write_report
 from fastpix2pix.training.precision import WORKING_TYPES, choose_precision
 from fastpix2pix.training.prepare import PreparedStep, prepare_step
-from fastpix2pix.training.resume import Position, check_architecture, restore, training_state
+from fastpix2pix.training.resume import (
+    Position,
+    check_architecture,
+    check_finite,
+    restore,
+    training_state,
+)
 
 SAMPLE_PAIRS = 4
 
@@ -191,8 +197,9 @@ def train(config: TrainConfig) -> None:
     )
 
     def save() -> None:
-        monitor.catch_up(at.steps, lr, step)  # a state that is not finite must not displace a good one
+        monitor.catch_up(at.steps, lr, step)
         state = training_state(step, config, environment_block(), at)
+        check_finite(state)  # it must not displace a good one
         checkpoint.save(folder, at.steps, state, config.keep_checkpoints)
         monitor.writer.flush()
         write_report(folder, monitor.history)

@@ -1,8 +1,10 @@
 """What a checkpoint holds of a training, and how a step is set to it, for an exact resume."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastpix2pix.config import ARCHITECTURE, TrainConfig
@@ -36,6 +38,30 @@ def training_state(step: TrainStep, config: TrainConfig, environment: dict, posi
         "dropout_rng": step.generator.rng,
         "data": {"epoch": position.epoch, "position": position.sample},
     }
+
+
+def check_finite(state: dict) -> None:
+    """Raise UserError when a floating-point tensor of the ``training_state`` holds an infinity or a NaN.
+
+    Looks at the tensors where they are, and waits for the device once.
+    """
+    tensors = dict(_floating(state))
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()])
+    if not finite.all():
+        name = [*tensors][int((~finite).nonzero()[0])]
+        raise UserError(
+            f"{name} is not finite at step {state['step']}, which is not saved; go on from the last "
+            "checkpoint with --continue_train and a lower --lr, or start anew if there is none"
+        )
+
+
+def _floating(value: object, where: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The floating-point tensors in nested dictionaries and lists, by their place in them."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield where, value
+    elif isinstance(value, dict | list | tuple):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _floating(part, f"{where}.{key}" if where else str(key))
 
 
 def full_precision(network: nn.Module, optimizer: MasterAdam) -> dict[str, Tensor]:
