@@ -1,63 +1,22 @@
 """What a training keeps, and says, when something around it fails."""
 
+import errno
+import multiprocessing
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tensorboard.summary.writer import record_writer
 from tiny import tiny_config
+from tiny_run import error_line, steps_saved
 
-from fastpix2pix import checkpoint, export, train, translate
+from fastpix2pix import checkpoint, export, translate
 from fastpix2pix.errors import UserError
 from fastpix2pix.models import build_networks
+from fastpix2pix.monitor import Monitor
 from fastpix2pix.translator import load
-
-SMALL = [
-    *("--netG", "unet_32", "--crop_size", "32", "--load_size", "32", "--ngf", "4", "--ndf", "4"),
-    *("--loader", "portable", "--num_threads", "1", "--precision", "fp32", "--device", "cpu"),
-]
-
-
-@pytest.fixture
-def dataroot(tmp_path) -> Path:
-    """Three pairs of random blocks."""
-    random = np.random.default_rng(0)
-    folder = tmp_path / "pairs" / "train"
-    folder.mkdir(parents=True)
-    for i in range(3):
-        blocks = random.integers(0, 256, (4, 8, 3), dtype=np.uint8)
-        Image.fromarray(blocks.repeat(8, 0).repeat(8, 1)).save(folder / f"{i}.png")
-    return tmp_path / "pairs"
-
-
-@pytest.fixture
-def run(tmp_path, dataroot, capfd):
-    """``run(*flags)`` -> (exit code, stdout, stderr) of a training in ``tmp_path / "run"``."""
-
-    def start(*flags: object) -> tuple[int, str, str]:
-        code = 0
-        where = ["--dataroot", str(dataroot), "--checkpoints_dir", str(tmp_path), "--name", "run"]
-        try:
-            train.main([*SMALL, *where, *map(str, flags)])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capfd.readouterr()
-
-    return start
-
-
-def steps_saved(folder: Path) -> list[int]:
-    return [checkpoint.load(path)["step"] for path in checkpoint._by_step(folder)]
-
-
-def error_line(err: str) -> str:
-    """The one line with which a command ends."""
-    lines = err.strip().splitlines()
-    assert "Traceback" not in err and sum(line.startswith("error: ") for line in lines) == 1
-    assert lines[-1].startswith("error: ")
-    return lines[-1]
-
 
 # --------------------------------------------------------------------------------- states that are not finite
 
@@ -113,3 +72,59 @@ def test_an_exported_graph_that_gives_no_numbers_is_not_called_right(tmp_path):
     with pytest.raises(UserError, match="not written, for its results are nan off PyTorch's"):
         export.export_onnx(translator, tmp_path / "net.onnx")
     assert not (tmp_path / "net.onnx").exists()
+
+
+# ------------------------------------------------------------------------- errors around a state that is good
+
+
+def at_step(monkeypatch, step: int, action: Callable[[], object]) -> None:
+    """``action()`` when a training has done ``step`` steps."""
+    stepped = Monitor.stepped
+
+    def acting(self):
+        stepped(self)
+        if self.bar.n == step:
+            action()
+
+    monkeypatch.setattr(Monitor, "stepped", acting)
+
+
+def test_a_file_that_becomes_corrupt_ends_the_run_with_its_steps_saved(run, tmp_path, dataroot, monkeypatch):
+    files = list((dataroot / "train").iterdir())
+    at_step(monkeypatch, 4, lambda: [file.write_bytes(b"no picture") for file in files])
+    code, _, err = run("--steps", 30, "--cache", 0)
+    assert code == 2
+    assert "cannot be decoded" in error_line(err)
+    (saved,) = steps_saved(tmp_path / "run")
+    assert 4 <= saved < 30 and f"step {saved} is saved; --continue_train goes on from it" in err
+
+
+def test_a_killed_worker_ends_the_run_with_its_steps_saved(run, tmp_path, monkeypatch):
+    at_step(monkeypatch, 4, lambda: [child.kill() for child in multiprocessing.active_children()])
+    code, _, err = run("--steps", 500, "--cache", 0)
+    assert code == 2
+    assert "a process that decodes images ended" in error_line(err)
+    (saved,) = steps_saved(tmp_path / "run")
+    assert 4 <= saved < 500
+
+
+def test_events_samples_and_report_that_cannot_be_written_are_only_warned_of(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(record_writer.RecordWriter, "write", full)
+    (tmp_path / "run" / "report.html" / "x").mkdir(parents=True)
+    (tmp_path / "run" / "samples").write_text("a file where the folder should be")
+    code, _, err = run("--steps", 3, "--display_freq", 1, "--save_latest_freq", 1, "--print_freq", 1)
+    assert code == 0 and steps_saved(tmp_path / "run") == [1, 2, 3]
+    for what in ("events", "samples", "report.html"):
+        assert err.count(f"warning: {what} can't be written (") == 1
+    assert "Traceback" not in err
+
+
+def test_a_run_folder_deleted_while_training_is_made_anew_and_can_be_continued(run, tmp_path, monkeypatch):
+    at_step(monkeypatch, 2, lambda: shutil.rmtree(tmp_path / "run"))
+    code, _, err = run("--steps", 3)
+    assert code == 0 and steps_saved(tmp_path / "run") == [3] and "Traceback" not in err
+    code, out, _ = run("--steps", 4, "--continue_train")
+    assert code == 0 and steps_saved(tmp_path / "run") == [3, 4]
