@@ -116,6 +116,7 @@ class TrainConfig:
     """How many of the newest checkpoints stay on disk."""
 
     def __post_init__(self):
+        check_name(self.name)
         self.network_options(), self.step_options(), self.loader_options()
         for field in ("display_freq", "save_latest_freq", "keep_checkpoints"):
             if getattr(self, field) < 1:
@@ -236,6 +237,15 @@ class TrainConfig:
                 )
         paths = {key: Path(values[key]) for key in ("dataroot", "checkpoints_dir") if values.get(key)}
         return cls(**{**values, **paths})
+
+
+def check_name(name: str) -> None:
+    """Raise UserError unless ``name`` is that of a folder inside another one."""
+    path = Path(name.replace("\\", "/"))
+    if not path.parts or path.anchor or ".." in path.parts or "\0" in name:
+        raise UserError(
+            f"--name {name!r}: does not name a folder inside --checkpoints_dir; give a plain name like mine"
+        )
 
 
 def check_changes(saved: TrainConfig, config: TrainConfig) -> list[str]:

@@ -45,6 +45,8 @@ def read_history(events: Path) -> History:
     """
     history = History()
     for path in sorted(events.glob("events.out.tfevents.*"), key=lambda path: path.name):
+        if not path.is_file():  # opening a pipe would wait for ever
+            continue
         damaged = 0
         for record in _records(path):
             try:

@@ -63,6 +63,8 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 def _owner(folder: Path) -> tuple[int, str, str] | None:
     """(process, host, since when) of the training that holds or held ``folder`` last."""
     try:
+        if not (folder / OWNER).is_file():  # opening a pipe would wait for ever
+            return None
         process, host, since = (folder / OWNER).read_text(encoding="utf-8").strip().split(maxsplit=2)
         return int(process), host, since
     except (OSError, ValueError):
@@ -125,6 +127,8 @@ def read_request(folder: Path) -> TrainConfig:
     """
     path = folder / REQUEST
     try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise FileNotFoundError
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("holds no object")

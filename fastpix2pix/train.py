@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastpix2pix import checkpoint, cli, environment, run_folder
-from fastpix2pix.config import TrainConfig, check_changes
+from fastpix2pix.config import TrainConfig, check_changes, check_name
 from fastpix2pix.data import Loader, find_pairs, load_pair, open_loader
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
 from fastpix2pix.device import choose_device, why_no_gpu
@@ -246,6 +246,7 @@ def saved_request(argv: Sequence[str]) -> TrainConfig | None:
         return None  # the real parser says what is wrong
     if not flags.continue_train:
         return None
+    check_name(flags.name)
     saved = run_folder.read_request(flags.checkpoints_dir / flags.name)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in others if word.startswith("--")}
     if "steps" in given:

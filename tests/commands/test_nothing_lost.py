@@ -2,7 +2,10 @@
 
 import errno
 import multiprocessing
+import os
 import shutil
+import socket
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +15,8 @@ from tensorboard.summary.writer import record_writer
 from tiny import tiny_config
 from tiny_run import error_line, steps_saved
 
-from fastpix2pix import checkpoint, export, translate
+from fastpix2pix import checkpoint, export, run_folder, translate
+from fastpix2pix.data.synthetic import synthetic_dataset
 from fastpix2pix.errors import UserError
 from fastpix2pix.models import build_networks
 from fastpix2pix.monitor import Monitor
@@ -128,3 +132,93 @@ def test_a_run_folder_deleted_while_training_is_made_anew_and_can_be_continued(r
     assert code == 0 and steps_saved(tmp_path / "run") == [3] and "Traceback" not in err
     code, out, _ = run("--steps", 4, "--continue_train")
     assert code == 0 and steps_saved(tmp_path / "run") == [3, 4]
+
+
+# -------------------------------------------------------------------------------------- what is not ours
+
+
+@pytest.fixture
+def trained(tmp_path) -> Path:
+    """A run of an untrained network."""
+    config = tiny_config(ngf=4, ndf=4, n_layers_D=1)
+    generator, discriminator = build_networks(config.network_options())
+    weights = {"generator": generator.state_dict(), "discriminator": discriminator.state_dict()}
+    checkpoint.save(tmp_path / "old", 1, {"config": config.to_dict(), "step": 1, **weights}, keep=1)
+    return tmp_path / "old"
+
+
+NOT_OURS = {
+    "pipe": os.mkfifo,
+    "link to a file": lambda path: path.symlink_to("precious"),
+    "link to a folder": lambda path: path.symlink_to("pairs"),
+    "link to nothing": lambda path: path.symlink_to("nowhere"),
+    "socket": lambda path: socket.socket(socket.AF_UNIX).bind(str(path)),
+}
+
+
+@pytest.mark.parametrize("kind", [*NOT_OURS, "device"])
+def test_export_does_not_replace_what_is_no_plain_file(trained, tmp_path, monkeypatch, capsys, kind):
+    pytest.importorskip("onnx")
+    monkeypatch.chdir(tmp_path)
+    Path("precious").write_text("mine")
+    output = Path("out")
+    if kind == "device":  # as /dev/null is to root
+        if os.geteuid():
+            pytest.skip("only root can make a device")
+        os.mknod(output, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    else:
+        NOT_OURS[kind](output)
+    before = output.lstat()
+    with pytest.raises(SystemExit):
+        export.main(["--run", str(trained), "--output", str(output)])
+    assert "out: is a link, folder or device, which is not overwritten" in error_line(capsys.readouterr().err)
+    after = output.lstat()
+    assert (after.st_mode, after.st_ino) == (before.st_mode, before.st_ino)
+    assert Path("precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["out", "out/generated", "out/index.html"])
+@pytest.mark.parametrize("kind", NOT_OURS)
+def test_translate_does_not_replace_what_is_not_its_own(
+    trained, tmp_path, dataroot, monkeypatch, capsys, kind, name
+):
+    monkeypatch.chdir(tmp_path)
+    Path("precious").write_text("mine")
+    if name != "out":
+        Path("out").mkdir()
+        Path("out/index.html").write_text('content="fastpix2pix"')
+        Path(name).unlink(missing_ok=True)
+    NOT_OURS[kind](Path(name))
+    before = Path(name).lstat()
+    with pytest.raises(SystemExit):
+        translate.main(["--run", str(trained), "--input", str(dataroot / "train"), "--output", "out"])
+    assert f"{name}: is a link, a device or no folder" in error_line(capsys.readouterr().err)
+    assert Path(name).lstat().st_ino == before.st_ino
+    assert Path("precious").read_text() == "mine" and len(list((dataroot / "train").iterdir())) == 3
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/../../b", "/proc/x", "./..", "a\\..\\b", "a\0b"])
+@pytest.mark.parametrize("flags", [[], ["--continue_train"]])
+def test_a_name_that_leads_out_of_the_folder_of_runs_is_refused(run, tmp_path, name, flags):
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = run("--name", name, "--steps", 1, *flags)
+    assert code == 2 and "does not name a folder inside --checkpoints_dir" in error_line(err)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_killed_processes_left_is_removed_at_the_next_start(run, tmp_path, trained):
+    """Half a checkpoint, configuration and page in a run; half a painted data set; half an ONNX file."""
+    pytest.importorskip("onnx")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    left = [tmp_path / "run" / ".config.json.partial", tmp_path / "run" / ".x1.partial"]
+    left += [tmp_path / "run" / "checkpoints" / "step_00000001.partial", tmp_path / ".net.onnx.partial"]
+    for file in left:
+        file.write_bytes(b"half")
+    (tmp_path / "cache" / ".painting-x1" / "train").mkdir(parents=True)
+    with run_folder.owned(tmp_path / "run"):
+        pass
+    synthetic_dataset(tmp_path / "cache", train=1, val=1, test=1)
+    export.main(["--run", str(trained), "--output", str(tmp_path / "net.onnx")])
+    assert (tmp_path / "net.onnx").is_file()
+    assert not [file for file in left if file.exists()]
+    assert not list((tmp_path / "cache").glob(".painting-*"))
