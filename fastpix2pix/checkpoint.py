@@ -1,9 +1,11 @@
 """Checkpoints that a kill at any moment cannot spoil, and that hold all that an exact resume needs."""
 
 import contextlib
+import errno
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +70,54 @@ def _sync_folder(folder: Path) -> None:
 def load(path: Path) -> dict[str, Any]:
     """The state that ``save`` was given, tensors on the CPU. Nothing in the file is executed.
 
-    Raises UserError when the file is absent, cut short, or not a checkpoint of this package.
+    Raises UserError, each with its own cause and remedy: no such file, one that can't be opened, too little
+    memory, a damaged file (every checksum in it is verified), one that would execute code, and one that is no
+    checkpoint of this package.
     """
-    if not path.is_file():
+    if not path.is_file():  # opening a pipe would wait for ever
         raise UserError(f"{path}: no such checkpoint; give the path of a step_*.pt file")
     try:
+        _verify_checksums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{path}: not a readable checkpoint, perhaps cut short; delete it to use the one before it"
-        ) from error
-    if not isinstance(state, dict) or not {"config", "step", "generator", "discriminator"} <= state.keys():
+    except Exception as error:
+        raise UserError(f"{path}: {_why_not_loaded(path, error)}") from error
+    if not isinstance(state, dict) or any(not isinstance(state.get(k), t) for k, t in _ENTRIES.items()):
         raise UserError(
             f"{path}: not a fastpix2pix training checkpoint; give a step_*.pt file of a run folder"
         )
     return state
+
+
+_ENTRIES = {"config": dict, "step": int, "generator": dict, "discriminator": dict}
+
+
+def _verify_checksums(path: Path) -> None:
+    """Raise BadZipFile, or whatever else zipfile makes of a damaged archive, unless all of it is whole.
+
+    ``torch.load`` looks at no checksum of a tensor, though ``torch.save`` writes one for each.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if (first := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"the checksum of {first} is wrong")
+
+
+# What the unpickler of torch.load says of a name that is not on its list of harmless ones.
+_CODE = re.compile("GLOBAL|unrecognized function|Can only (create new object|build Tensor)")
+
+
+def _why_not_loaded(path: Path, error: Exception) -> str:
+    """What ``error`` means for the file at ``path``, and the remedy; only damage is a reason to delete."""
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+        return (
+            f"not enough memory to load its {path.stat().st_size / 2**20:.0f} MiB; close other programs, or "
+            "go on where there is more; the file is whole"
+        )
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is zipfile's, of a wrong offset
+        return f"can't be read ({error.strerror or error}); mend that, for the file may be whole"
+    if isinstance(error, pickle.UnpicklingError) and _CODE.search(text):
+        return "refused: it would execute code; take checkpoints from people you trust"
+    return (
+        "not a readable checkpoint: it is damaged, perhaps cut short; delete it to use the one before it, if "
+        "there is one"
+    )

@@ -5,7 +5,8 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from fastpix2pix.data.catalog import DATASETS
 from fastpix2pix.data.loader import Direction, LoaderOptions
@@ -112,6 +113,7 @@ class TrainConfig:
     """How many of the newest checkpoints stay on disk."""
 
     def __post_init__(self):
+        check_name(self.name)
         self.network_options(), self.step_options(), self.loader_options()
         for field in ("display_freq", "save_latest_freq", "keep_checkpoints"):
             if getattr(self, field) < 1:
@@ -215,15 +217,30 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "TrainConfig":
-        """Inverse of ``to_dict``. Raises UserError for a field that this version does not know."""
+        """Inverse of ``to_dict``. Raises UserError for a field that this version does not know, and for a
+        value of another type than the field's."""
         fields = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(values.keys() - fields):
             raise UserError(
                 f"configuration has {', '.join(unknown)}, unknown to this version; "
                 "use the version that wrote it"
             )
+        for name, value in values.items():
+            if not _is_of(value, kind := _FIELD_TYPES[name]):
+                raise UserError(
+                    f"{name} is {value!r}, which is {_in_words(kind)}; mend it or remove the line"
+                )
         paths = {key: Path(values[key]) for key in ("dataroot", "checkpoints_dir") if values.get(key)}
         return cls(**{**values, **paths})
+
+
+def check_name(name: str) -> None:
+    """Raise UserError unless ``name`` is that of a folder inside another one."""
+    path = Path(name.replace("\\", "/"))
+    if not path.parts or path.anchor or ".." in path.parts or "\0" in name:
+        raise UserError(
+            f"--name {name!r}: does not name a folder inside --checkpoints_dir; give a plain name like mine"
+        )
 
 
 def check_changes(saved: TrainConfig, config: TrainConfig) -> list[str]:
@@ -246,3 +263,28 @@ def _gib(gib: float) -> int:
     if not (math.isfinite(gib) and gib >= 0):
         raise UserError(f"--cache {gib}: give a finite number of at least 0")
     return int(gib * 2**30)
+
+
+_FIELD_TYPES = get_type_hints(TrainConfig)
+
+
+def _is_of(value: object, kind: object) -> bool:
+    """Whether a value read from JSON is of the annotated type ``kind``; paths are strings there."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_of(value, one) for one in get_args(kind))
+    if kind is Path:
+        return isinstance(value, str)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _in_words(kind: object) -> str:
+    """What a value that is not of ``kind`` is, as the end of a sentence."""
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(one for one in get_args(kind) if one is not NoneType)
+    if get_origin(kind) is Literal:
+        return f"none of {', '.join(map(repr, get_args(kind)))}"
+    return f"no {'str' if kind is Path else kind.__name__}"

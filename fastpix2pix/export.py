@@ -4,8 +4,6 @@ The graph is written node by node: the network is a chain of five operators, and
 exporters of BatchNorm lose, the statistics of each image (junyanz issues #748, #1113).
 """
 
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,23 +36,25 @@ def export_onnx(translator: Translator, path: Path) -> float:
     running ones; dropout is left out, so the same image gives the same result everywhere.
 
     Raises UserError when onnx or onnxruntime is not installed, the difference exceeds 1e-3 (nothing is then
-    written), or ``path`` cannot be written.
+    written), or ``path`` cannot be written or is no plain file.
     """
     if onnx is None:
         raise UserError('export needs onnx and onnxruntime; run pip install "fastpix2pix[export]"')
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(
+            f"{path}: is a link, folder or device, which is not overwritten; choose another --output"
+        )
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        handle, partial = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.absolute().parent)
-        os.close(handle)
+        partial.unlink(missing_ok=True)  # left by a process that was killed
         try:
             onnx.save(_Graph(translator).model(), partial)
-            difference = compare(translator, Path(partial), _random_image(translator))
+            difference = compare(translator, partial, _random_image(translator))
             if not difference <= TOLERANCE:
                 raise UserError(f"{path}: not written, for its results are {difference:.2g} off PyTorch's")
-            os.chmod(partial, 0o644)  # mkstemp makes it private
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; choose another --output") from error
     return difference
@@ -74,7 +74,8 @@ def compare(translator: Translator, path: Path, images: Tensor) -> float:
         for image in images:
             (theirs,) = session.run(None, {"input": image[None].numpy()})
             ours = translator(image[None])
-            largest = max(largest, float(np.abs(theirs - ours.numpy()).max()))
+            # np.maximum, for max(0.0, nan) is 0.0
+            largest = float(np.maximum(largest, np.abs(theirs - ours.numpy()).max()))
         return largest
     finally:
         for epilogue, config in configs:

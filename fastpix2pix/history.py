@@ -1,11 +1,17 @@
 """The losses of a run and the balance of its players, as TensorBoard's event files hold them."""
 
+import logging
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+log = logging.getLogger(__name__)
 
 HEALTH_TAG = "gan_health/text_summary"  # TensorBoard's name for the text "gan_health"
 
@@ -34,19 +40,34 @@ class History:
 def read_history(events: Path) -> History:
     """Scalars and GAN health of all event files in ``events``, oldest file first.
 
-    TensorBoard's own reader checks every record's CRC in Python, which takes several times as long for the
-    hundreds of thousands of points of a run.
+    A record that is damaged is left out, and said. TensorBoard's own reader checks every record's CRC in
+    Python, which takes several times as long for the hundreds of thousands of points of a run.
     """
     history = History()
     for path in sorted(events.glob("events.out.tfevents.*"), key=lambda path: path.name):
+        if not path.is_file():  # opening a pipe would wait for ever
+            continue
+        damaged = 0
         for record in _records(path):
-            event = Event.FromString(record)
-            for value in event.summary.value:
-                if value.HasField("simple_value"):
-                    history.add(value.tag, event.step, value.simple_value)
-                elif value.tag == HEALTH_TAG:
-                    history.health = value.tensor.string_val[0].decode("utf-8", "replace")
+            try:
+                _add_event(history, Event.FromString(record))
+            except (DecodeError, ValueError):
+                damaged += 1
+        if damaged:
+            log.warning(f"{path}: {damaged} damaged record{'s are' if damaged > 1 else ' is'} left out")
     return history
+
+
+def _add_event(history: History, event: Event) -> None:
+    """Raises ValueError for what no training writes."""
+    for value in event.summary.value:
+        if value.HasField("simple_value"):
+            if not math.isfinite(value.simple_value) or event.step < 0:
+                raise ValueError
+            history.add(value.tag, event.step, value.simple_value)
+        elif value.tag == HEALTH_TAG:
+            (health,) = value.tensor.string_val
+            history.health = health.decode("utf-8", "replace")
 
 
 def _records(path: Path) -> Iterator[bytes]:
@@ -54,11 +75,17 @@ def _records(path: Path) -> Iterator[bytes]:
 
     A last record that is still being written is left out.
     """
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        log.warning(f"{path}: left out, for it can't be read ({error.strerror})")
+        return
     start = 12
     while start <= len(content):
-        (length,) = struct.unpack_from("<Q", content, start - 12)
+        length, crc = struct.unpack_from("<QI", content, start - 12)
         if start + length + 4 > len(content):
+            if masked_crc32c(content[start - 12 : start - 4]) != crc:
+                log.warning(f"{path}: damaged at byte {start - 12}; the rest of it is left out")
             return
         yield content[start : start + length]
         start += length + 16

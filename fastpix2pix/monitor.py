@@ -1,13 +1,17 @@
 """What a person sees of a run: progress line, TensorBoard, sample grids, the balance of the two players."""
 
 import math
+import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tensorboard.summary.writer import event_file_writer
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -16,6 +20,7 @@ from fastpix2pix.errors import UserError
 from fastpix2pix.history import History, read_history
 from fastpix2pix.models.generator import generate_without_trace
 from fastpix2pix.pixels import to_uint8
+from fastpix2pix.report import write_report
 from fastpix2pix.training.graph import AsyncHostCopy
 from fastpix2pix.training.losses import Losses
 from fastpix2pix.training.step import TrainStep
@@ -76,12 +81,40 @@ class Monitor:
         self.batch_size = batch_size
         events = run_folder / "events"
         self.history = read_history(events) if first_step else History()
-        self.writer = SummaryWriter(str(events), purge_step=first_step + 1 if first_step else None)
+        self._unwritten: set[str] = set()
+        self.writer: SummaryWriter | None = None
+        self._thread_excepthook, threading.excepthook = threading.excepthook, self._quiet_writer
+        with self._only_warn("events"):
+            self.writer = SummaryWriter(str(events), purge_step=first_step + 1 if first_step else None)
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
         self._readings: deque[tuple[int, float, float, float, AsyncHostCopy]] = deque()
         self._unread = 0
         self._waited = 0.0
         self._since = time.perf_counter()
+
+    def _quiet_writer(self, args: threading.ExceptHookArgs) -> None:
+        """No traceback of TensorBoard's writing thread: what it raised arrives at the next call as well."""
+        if type(args.thread).__module__ != event_file_writer.__name__:
+            self._thread_excepthook(args)
+
+    @contextmanager
+    def _only_warn(self, what: str) -> Iterator[None]:
+        """Training goes on though ``what`` can't be written; said once."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._unwritten:
+                self._unwritten.add(what)
+                reason = getattr(error, "strerror", None) or error
+                tqdm.write(f"warning: {what} can't be written ({reason}); training goes on", sys.stderr)
+
+    def _write_event(self, write: Callable[[SummaryWriter], object]) -> None:
+        """``write`` to TensorBoard's files; after an error of it nothing more goes there."""
+        if self.writer is not None:
+            writer, self.writer = self.writer, None
+            with self._only_warn("events"):
+                write(writer)
+                self.writer = writer
 
     def waited(self, seconds: float) -> None:
         """Count time that the loop spent waiting for data."""
@@ -138,7 +171,7 @@ class Monitor:
         )
 
     def _add(self, tag: str, value: float, step: int) -> None:
-        self.writer.add_scalar(tag, value, step)
+        self._write_event(lambda writer: writer.add_scalar(tag, value, step))
         self.history.add(tag, step, value)
 
     def show_samples(self, step: int, lr: float, train_step: TrainStep) -> None:
@@ -146,13 +179,22 @@ class Monitor:
         self.catch_up(step, lr, train_step)
         grid = sample_grid(train_step.generator, self.samples)
         folder = self.run_folder / "samples"
-        folder.mkdir(exist_ok=True)
-        grid.save(folder / f"step_{step:08d}.png")
-        self.writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
-        self.writer.add_text("gan_health", self.history.health, step)
+        with self._only_warn("samples"):
+            folder.mkdir(exist_ok=True, parents=True)
+            grid.save(folder / f"step_{step:08d}.png")
+        pixels, health = np.asarray(grid), self.history.health
+        self._write_event(lambda writer: writer.add_image("samples", pixels, step, dataformats="HWC"))
+        self._write_event(lambda writer: writer.add_text("gan_health", health, step))
         self.bar.write(f"step {step}: {self.history.health}")
         self._since = time.perf_counter()  # drawing is not training time
 
+    def report(self) -> None:
+        """Bring the run's event files and its ``report.html`` up to now."""
+        self._write_event(lambda writer: writer.flush())
+        with self._only_warn("report.html"):
+            write_report(self.run_folder, self.history)
+
     def close(self) -> None:
         self.bar.close()
-        self.writer.close()
+        self._write_event(lambda writer: writer.close())
+        threading.excepthook = self._thread_excepthook

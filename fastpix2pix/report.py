@@ -26,7 +26,9 @@ def write_report(run_folder: Path, history: History | None = None) -> Path:
     """
     try:
         config = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(config, dict):
+            raise ValueError("holds no object")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{run_folder} has no readable config.json; give the folder of a run") from error
     if history is None:
         history = read_history(run_folder / "events")
@@ -61,7 +63,7 @@ def _tiles(history: History, config: dict) -> str:
     """The newest readings in large print."""
     steps = history.steps.get("gen_total_loss")
     tiles = {"step": f"{steps[-1]:,}" if steps else "0"}
-    if config.get("steps"):
+    if isinstance(config.get("steps"), int):
         tiles["step"] += f" of {config['steps']:,}"
     rate, wait = history.last("train/images_per_second"), history.last("train/data_wait_share")
     if rate is not None:
@@ -85,7 +87,7 @@ def _charts(history: History, config: dict) -> str:
     undecided, name = (0.25, "1/4") if config.get("gan_mode") == "lsgan" else (math.log(2), "log 2")
     references = [(undecided, f"{name} = {undecided:.2f}")]
     # The tutorial's discriminator loss is the sum of both halves, which log 2 is not the undecided value of.
-    preset = PRESETS.get(config.get("preset"))
+    preset = PRESETS.get(str(config.get("preset")))
     doubled = preset is not None and preset.update.disc_factor == 1
     both = [(2 * undecided, f"undecided = {2 * undecided:.2f}")] if doubled else []
     return (

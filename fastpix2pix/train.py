@@ -2,61 +2,34 @@
 
 import argparse
 import dataclasses
-import json
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastpix2pix import checkpoint, cli, environment
-from fastpix2pix.config import TrainConfig, check_changes
+from fastpix2pix import checkpoint, cli, environment, run_folder
+from fastpix2pix.config import TrainConfig, check_changes, check_name
 from fastpix2pix.data import Loader, find_pairs, load_pair, open_loader
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
 from fastpix2pix.device import choose_device, why_no_gpu
 from fastpix2pix.errors import UserError
 from fastpix2pix.models import build_networks
 from fastpix2pix.monitor import Monitor
-from fastpix2pix.report import write_report
+from fastpix2pix.signals import end_at_once, say, stop_requests, uninterrupted
 from fastpix2pix.training.precision import WORKING_TYPES, choose_precision
 from fastpix2pix.training.prepare import PreparedStep, prepare_step
-from fastpix2pix.training.resume import Position, check_architecture, restore, training_state
+from fastpix2pix.training.resume import (
+    Position,
+    check_architecture,
+    check_finite,
+    restore,
+    training_state,
+)
 
 SAMPLE_PAIRS = 4
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that the step under way is finished and saved; a second one kills."""
-    received: list[int] = []
-
-    def note(number: int, _frame) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def read_request(run_folder: Path) -> TrainConfig:
-    """What was asked for when the run was started. Raises UserError where there is no such run."""
-    path = run_folder / "config.json"
-    try:
-        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: not readable, so there is no run to continue; drop --continue_train, or give the "
-            "--name and --checkpoints_dir of a run"
-        ) from error
 
 
 def find_checkpoint(config: TrainConfig) -> tuple[Path, dict] | None:
@@ -74,26 +47,13 @@ def find_checkpoint(config: TrainConfig) -> tuple[Path, dict] | None:
                 "--name"
             )
         return None
-    for change in check_changes(read_request(folder), config):
+    for change in check_changes(run_folder.read_request(folder), config):
         print(f"changed since the run was saved: {change}")
     if newest is None:
         raise UserError(f"{folder} has no checkpoint to continue from; drop --continue_train")
     state = checkpoint.load(newest)
     check_architecture(config, state, newest)
     return newest, state
-
-
-def prepare_run_folder(config: TrainConfig) -> Path:
-    """Make the run's folder and write what was asked for. Raises UserError where that can't be."""
-    folder = config.run_folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{folder}: can't write here ({error.strerror}); choose another --checkpoints_dir"
-        ) from error
-    return folder
 
 
 def data_folder(config: TrainConfig) -> Path:
@@ -149,6 +109,11 @@ def start_line(config: TrainConfig, loader: Loader, root: Path, prepared: Prepar
 
 def train(config: TrainConfig) -> None:
     """Run training as ``config`` says. Raises UserError for what the user can mend."""
+    with run_folder.owned(config.run_folder):
+        _train(config)
+
+
+def _train(config: TrainConfig) -> None:
     found = find_checkpoint(config)
     device = choose_device(config.device)
     if config.device == "auto" and (reason := why_no_gpu()):
@@ -171,14 +136,15 @@ def train(config: TrainConfig) -> None:
     )
     prepared.capture(batch_shapes(loader, config))
     step = prepared.step
-    at = Position() if found is None else restore(step, found[1])
-    folder = prepare_run_folder(config)
+    at = Position() if found is None else restore(step, found[1], found[0])
+    folder = config.run_folder
+    run_folder.write_request(config)
 
     def environment_block() -> dict:
         data = {"loader": loader.kind, "direction": config.resolved_direction()}
         return environment.describe(device, prepared.resolved() | data)
 
-    environment.save(environment_block(), folder)
+    run_folder.write_environment(environment_block(), folder)
     total = config.total_steps(loader.batches_per_epoch)
     print(start_line(config, loader, root, prepared, total))
 
@@ -190,45 +156,80 @@ def train(config: TrainConfig) -> None:
         gan_mode=config.gan_mode,
         samples=samples,
     )
+    first = tried = at.steps  # tried: the newest step that was saved, or could not be
 
     def save() -> None:
-        monitor.catch_up(at.steps, lr, step)  # a state that is not finite must not displace a good one
-        state = training_state(step, config, environment_block(), at)
-        checkpoint.save(folder, at.steps, state, config.keep_checkpoints)
-        monitor.writer.flush()
-        write_report(folder, monitor.history)
+        nonlocal tried
+        tried = at.steps
+        with uninterrupted():
+            monitor.catch_up(at.steps, lr, step)
+            state = training_state(step, config, environment_block(), at)
+            check_finite(state)  # it must not displace a good one
+            checkpoint.save(folder, at.steps, state, config.keep_checkpoints)
+            monitor.report()
+
+    stopped = f"the run goes on with --continue_train --name {config.name}"
+
+    def stop_waiting() -> None:
+        """A stop request while the loader is awaited, which may never answer."""
+        if at.steps > tried:
+            save()
+        say(f"stopped at step {at.steps}; {stopped}")
+        end_at_once(stops.exit_code)
 
     stream = loader.stream(at.epoch, at.sample)
-    first = at.steps
-    with stop_requests() as stops:
+    within_step = False  # then the state in memory is neither the old nor the new one
+    with stop_requests(stop_waiting) as stops:
         try:
             while at.steps < total and not stops:
                 began = time.perf_counter()
-                batch = next(stream)
+                with stops.waiting():
+                    batch = next(stream)
                 monitor.waited(time.perf_counter() - began)
                 lr = config.lr_at(at.steps, loader.batches_per_epoch)
                 step.set_lr(lr)
-                prepared.run(batch.source, batch.target)
-                monitor.stepped()
+                within_step = True
+                with uninterrupted():
+                    prepared.run(batch.source, batch.target)
+                within_step = False
                 at = Position(at.steps + 1, batch.epoch, batch.position)
+                monitor.stepped()
                 if at.steps % config.print_freq == 0:
                     monitor.read_losses(at.steps, lr, step)
                 if at.steps % config.display_freq == 0:
                     monitor.show_samples(at.steps, lr, step)
                 if at.steps % config.save_latest_freq == 0:
                     save()
-            if at.steps > first:
-                if at.steps % config.display_freq:
-                    monitor.show_samples(at.steps, lr, step)
-                if at.steps % config.save_latest_freq:
-                    save()
+            if at.steps > first and at.steps % config.display_freq and not stops:
+                monitor.show_samples(at.steps, lr, step)
+            if at.steps > tried:
+                save()
+        except Exception as error:
+            if at.steps > tried and not within_step:
+                save_in_spite_of(save, at.steps)
+            if "DataLoader worker" in str(error):
+                raise UserError(
+                    f"a process that decodes images ended ({error}); go on with --continue_train, with fewer "
+                    "--num_threads if memory is short"
+                ) from error
+            raise
         finally:
             monitor.close()
             loader.close()
     if stops:
-        print(f"stopped at step {at.steps}; the run goes on with --continue_train --name {config.name}")
-        sys.exit(128 + stops[0])
+        print(f"stopped at step {at.steps}; {stopped}")
+        sys.exit(stops.exit_code)
     print(f"done: {at.steps} steps; checkpoints and samples are in {folder}")
+
+
+def save_in_spite_of(save: Callable[[], None], steps: int) -> None:
+    """Save what was learnt before an error ends the training, where that can be done."""
+    try:
+        save()
+    except Exception as error:
+        say(f"step {steps} could not be saved: {error}")
+    else:
+        say(f"step {steps} is saved; --continue_train goes on from it")
 
 
 def saved_request(argv: Sequence[str]) -> TrainConfig | None:
@@ -246,7 +247,8 @@ def saved_request(argv: Sequence[str]) -> TrainConfig | None:
         return None  # the real parser says what is wrong
     if not flags.continue_train:
         return None
-    saved = read_request(flags.checkpoints_dir / flags.name)
+    check_name(flags.name)
+    saved = run_folder.read_request(flags.checkpoints_dir / flags.name)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in others if word.startswith("--")}
     if "steps" in given:
         saved = dataclasses.replace(saved, n_epochs=None, n_epochs_decay=None)

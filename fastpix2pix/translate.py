@@ -142,7 +142,14 @@ PARTIAL = ".partial"
 
 
 def check_output(output: Path, source: Path) -> None:
-    """Raise UserError unless results may go to ``output``: it is absent, empty, or holds earlier results."""
+    """Raise UserError unless results may go to ``output``: it is absent, empty, or holds earlier results.
+
+    Neither it nor a result in it may be a link or a device.
+    """
+    for path in (output, *(output / name for name in RESULTS)):
+        plain = path.is_dir() or (path != output and path.is_file())
+        if path.is_symlink() or (path.exists() and not plain):
+            raise UserError(f"{path}: is a link, a device or no folder; choose another --output")
     try:
         names = {path.name for path in output.iterdir()} - {PARTIAL} if output.exists() else set()
         earlier = 'content="fastpix2pix"' in (output / "index.html").read_text("utf-8") if names else True

@@ -161,7 +161,7 @@ def load(
     statistics and dropout is on, as both references test; ``evaluation`` takes the running statistics and no
     dropout. ``seed`` draws the dropout. ``direction`` defaults to that of the training.
 
-    Raises UserError when there is no such model, or ``device`` is absent.
+    Raises UserError when there is no such model, its weights are not finite, or ``device`` is absent.
     """
     path, device = Path(path), choose_device(str(device))
     if path.suffix in (".pth", ".npz"):
@@ -181,6 +181,7 @@ def load(
         _load_state(generator, state["generator"], file)
         trained_direction, size = config.resolved_direction(), config.crop_size
         source = f"{config.name}, step {state['step']}"
+    _check_finite(generator, path, evaluation)
     return Translator(
         generator.to(device),
         direction=direction or trained_direction,
@@ -203,3 +204,14 @@ def _load_state(generator: UNetGenerator, state: dict[str, Tensor], file: Path) 
         generator.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{file} holds weights of another network than its configuration says") from error
+
+
+def _check_finite(generator: UNetGenerator, path: Path, evaluation: bool) -> None:
+    """Raise UserError when a weight, or in evaluation a running statistic, is infinite or no number."""
+    used = {**dict(generator.named_parameters()), **(dict(generator.named_buffers()) if evaluation else {})}
+    for name, tensor in used.items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{path}: its weights are not finite ({name}), so every image is empty; take an earlier "
+                "checkpoint, or train again with a lower --lr"
+            )

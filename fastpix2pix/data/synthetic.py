@@ -1,11 +1,14 @@
 """A data set that is always there: painted facade pairs, written once into a cache folder."""
 
 import os
+import secrets
 import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from fastpix2pix.data.painter import paint_pair
@@ -38,19 +41,10 @@ def synthetic_dataset(
     root = Path(folder) / f"synthetic-v{VERSION}-{train}-{val}-{test}-seed{seed}"
     if root.is_dir():
         return root
-    unfinished = None
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".painting-", dir=root.parent))
-        unfinished.chmod(0o755)
-        counts = {"train": train, "val": val, "test": test}
-        jobs = [(s, split, i) for s, (split, n) in enumerate(counts.items()) for i in range(n)]
-        for split in counts:
-            (unfinished / split).mkdir()
-        for s, split, i in tqdm(jobs, desc="painting facades", unit="pair", leave=False, delay=1):
-            picture = paint_pair(np.random.default_rng((seed, s, i)))
-            picture.save(unfinished / split / f"{i + 1}.jpg", quality=92, subsampling=0)
-        unfinished.rename(root)
+        _remove_abandoned(root.parent)
+        _paint(root, {"train": train, "val": val, "test": test}, seed)
     except OSError as error:
         if root.is_dir():  # another process was quicker; its pictures are the same
             return root
@@ -58,7 +52,40 @@ def synthetic_dataset(
             f"{root.parent}: cannot hold the painted data set ({error}); set FASTPIX2PIX_CACHE to a folder "
             "that can be written"
         ) from error
-    finally:
-        if unfinished is not None:
-            shutil.rmtree(unfinished, ignore_errors=True)
     return root
+
+
+def _paint(root: Path, counts: dict[str, int], seed: int) -> None:
+    unfinished = root.parent / f".painting-{secrets.token_hex(4)}"
+    with _claimed(unfinished):
+        unfinished.mkdir()
+        jobs = [(s, split, i) for s, (split, n) in enumerate(counts.items()) for i in range(n)]
+        for split in counts:
+            (unfinished / split).mkdir()
+        for s, split, i in tqdm(jobs, desc="painting facades", unit="pair", leave=False, delay=1):
+            picture = paint_pair(np.random.default_rng((seed, s, i)))
+            picture.save(unfinished / split / f"{i + 1}.jpg", quality=92, subsampling=0)
+        unfinished.rename(root)
+
+
+@contextmanager
+def _claimed(unfinished: Path) -> Iterator[None]:
+    """Hold the folder ``unfinished``, of whatever process it is, and remove what is left of it afterwards.
+
+    Raises filelock.Timeout when another process holds it.
+    """
+    lock = FileLock(f"{unfinished}.lock", timeout=0)
+    with lock:
+        try:
+            yield
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            with suppress(OSError):
+                Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes had painted in ``folder``."""
+    for path in folder.glob(".painting-*"):
+        with suppress(Timeout), _claimed(path.with_suffix("")):
+            pass
