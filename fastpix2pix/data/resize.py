@@ -1,8 +1,8 @@
 """Resizing of 8-bit images, the same on every device: the tutorial's nearest and Pillow's bicubic.
 
-DALI's own resize cannot serve: its nearest breaks ties by accumulated float32 error, and its cubic
-repeats the border where Pillow leaves it out. Here a GPU does both filters in integers, so that tests on
-CPU tensors prove the GPU's pixels, and the CPU leaves bicubic to Pillow itself, which is faster there.
+DALI resizes by nearest neighbour itself wherever its pixels are these; its cubic differs from Pillow's by a
+level or two. Here a GPU does both filters in integers, so that tests on CPU tensors prove the GPU's pixels,
+and the CPU leaves bicubic to Pillow itself, which is faster there.
 """
 
 from functools import lru_cache
