@@ -8,12 +8,26 @@ users do. Ops on CPU tensors still take their reference, except in a test that a
 import json
 import os
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+
+def _why_not_interpreted() -> str | None:
+    """Why kernels can't run in Triton's interpreter here; None if they can."""
+    try:
+        triton, numpy = (tuple(map(int, version(package).split(".")[:2])) for package in ("triton", "numpy"))
+    except PackageNotFoundError:
+        return "Triton is not installed"
+    if triton < (3, 7) and numpy >= (2, 4):
+        return f"the interpreter of Triton {version('triton')} does not run with numpy {version('numpy')}"
+    return None
+
+
+NOT_INTERPRETED = None if torch.cuda.is_available() else _why_not_interpreted()
+if not torch.cuda.is_available() and NOT_INTERPRETED is None:
     os.environ["TRITON_INTERPRET"] = "1"
 from fastpix2pix import host_memory  # noqa: E402 (after the variable is set)
 from fastpix2pix.kernels import language, launch  # noqa: E402
@@ -79,7 +93,7 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> str:
     if torch.cuda.is_available():
         return "cuda"
     if not language.INTERPRETING:
-        pytest.skip("Triton is not installed")
+        pytest.skip(NOT_INTERPRETED)
     monkeypatch.setattr(launch, "kernels_on_cpu", True)
     return "cpu"
 
