@@ -7,9 +7,15 @@ Parts for other people's code: the networks, ``TrainStep``, ``accelerate``, ``Ma
 ``docs/api.md`` describes them.
 """
 
+import signal
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+# As a command (python -m fastpix2pix.train): Ctrl-C during the imports ends it without a traceback.
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if TYPE_CHECKING:
     from fastpix2pix.acceleration import accelerate

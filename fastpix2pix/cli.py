@@ -1,8 +1,11 @@
 """From a configuration dataclass to a command: typed flags, and one line for a user's mistake."""
 
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import TypeVar
 
@@ -34,13 +37,33 @@ def run(
     # Its error, at twice the size, is enough; which sizes fit is for the command to say.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
-        options = {} if (found := default(argv)) is None else {"default": found}
-        config = tyro.cli(
-            config_class, args=argv, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,), **options
-        )
-        command(config)
+        with _interrupts_as_exceptions():
+            options = {} if (found := default(argv)) is None else {"default": found}
+            config = tyro.cli(
+                config_class,
+                args=argv,
+                use_underscores=True,
+                config=(tyro.conf.FlagCreatePairsOff,),
+                **options,
+            )
+            command(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@contextmanager
+def _interrupts_as_exceptions() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt in the body; a command's imports and its end are left to the system,
+    which ends it without a traceback."""
+    previous = signal.getsignal(signal.SIGINT)
+    if previous != signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

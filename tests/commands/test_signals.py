@@ -1,0 +1,143 @@
+"""Requests to stop, sent to a training in a process of its own, as terminals and schedulers send them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_run import SMALL, steps_saved
+
+SECONDS = 120  # far more than anything here takes
+
+
+@pytest.fixture
+def training(tmp_path, dataroot):
+    """A training without end in a process group of its own, which has saved step 3 and decodes on."""
+    where = ["--dataroot", str(dataroot), "--checkpoints_dir", str(tmp_path), "--name", "run"]
+    length = ["--steps", "1000000", "--cache", "0", "--save_latest_freq", "3", "--keep_checkpoints", "1"]
+    with open(tmp_path / "out", "wb") as out, open(tmp_path / "err", "wb") as err:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastpix2pix.train", *SMALL, *where, *length],
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+    wait_until((tmp_path / "run" / "checkpoints" / "step_00000003.pt").exists, process)
+    yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_until(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def stopped_at(folder: Path) -> int:
+    """The step at which the training says that it stopped, which is that of its newest checkpoint."""
+    text = (folder / "out").read_text() + (folder / "err").read_text()
+    assert "Traceback" not in text and "error: " not in text
+    (step,) = re.findall(r"stopped at step (\d+); the run goes on with --continue_train --name run", text)
+    assert steps_saved(folder / "run")[-1] == int(step)
+    return int(step)
+
+
+def group_is_gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGTERM, id="SIGTERM"),
+        pytest.param(signal.SIGHUP, id="SIGHUP", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_the_whole_group_ends_with_a_checkpoint(training, tmp_path, number):
+    """Twice, a moment apart, as \"timeout\" sends it."""
+    os.killpg(training.pid, number)
+    os.kill(training.pid, number)
+    assert training.wait(SECONDS) == 128 + number
+    assert stopped_at(tmp_path) >= 3
+    assert group_is_gone(training.pid)
+    if number != signal.SIGHUP:
+        assert "stopping: finishing the step and saving" in (tmp_path / "err").read_text()
+
+
+@pytest.mark.slow
+def test_a_request_while_data_stall_saves_and_ends(training, tmp_path, dataroot):
+    for file in (dataroot / "train").iterdir():
+        os.mkfifo(file.with_suffix(".pipe"))
+        file.with_suffix(".pipe").replace(file)  # whoever opens it waits for ever
+    newest, since = None, time.monotonic()
+    while time.monotonic() - since < 3:  # until no step is done any more
+        now = sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))
+        newest, since = (now, time.monotonic()) if now != newest else (newest, since)
+        time.sleep(0.05)
+    os.killpg(training.pid, signal.SIGINT)
+    assert training.wait(SECONDS) == 128 + signal.SIGINT
+    stopped_at(tmp_path)
+    assert group_is_gone(training.pid)
+
+
+STALLED = """
+import sys, time
+from fastpix2pix.signals import stop_requests
+with stop_requests(lambda: time.sleep(1000)) as stops, stops.waiting():
+    print("waiting", flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_a_second_request_ends_at_once_whatever_the_main_thread_does():
+    process = subprocess.Popen(
+        [sys.executable, "-c", STALLED], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"waiting\n"
+    process.send_signal(signal.SIGINT)
+    heard = [process.stderr.readline(), process.stderr.readline()]
+    assert b"stopping: finishing the step and saving" in heard[1]
+    time.sleep(0.7)  # a repetition within half a second is the same request
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 130
+    assert b"stopped at once" in err and b"Traceback" not in err
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    """As under nohup."""
+    script = (
+        "import os, signal\n"
+        "from fastpix2pix.signals import stop_requests\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "with stop_requests(print) as stops:\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    assert not stops\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("module", ["tyro", "torch"])
+def test_an_interrupt_during_the_imports_leaves_no_traceback(tmp_path, module):
+    """The module stands for the real one, and is interrupted while it is imported."""
+    script = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    (tmp_path / f"{module}.py").write_text(script)
+    ended = subprocess.run(
+        [sys.executable, "-m", "fastpix2pix.train", "--help"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        timeout=SECONDS,
+    )
+    assert ended.returncode == -signal.SIGINT and ended.stderr == b"" and ended.stdout == b""
