@@ -9,7 +9,7 @@ from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from fastpix2pix.data.catalog import DATASETS
-from fastpix2pix.data.loader import Direction, LoaderOptions
+from fastpix2pix.data.options import Direction, LoaderOptions
 from fastpix2pix.errors import UserError
 from fastpix2pix.models.discriminator import min_size
 from fastpix2pix.models.generator import size_multiple

@@ -181,5 +181,9 @@ def examine(config: DoctorConfig) -> None:
         raise UserError(f"failed: {', '.join(failed)}; please report the lines above")
 
 
+def main(argv: list[str] | None = None) -> None:
+    cli.run(DoctorConfig, examine, argv)
+
+
 if __name__ == "__main__":
-    cli.run(DoctorConfig, examine)
+    main()

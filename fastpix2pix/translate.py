@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastpix2pix import cli
-from fastpix2pix.data.loader import Direction
+from fastpix2pix.data.options import Direction
 from fastpix2pix.data.pairs import EXTENSIONS, FORMATS, UNREADABLE, natural_order, read_rgb
 from fastpix2pix.errors import UserError
 from fastpix2pix.gallery import Entry, write_gallery

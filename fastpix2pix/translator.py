@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastpix2pix import checkpoint
 from fastpix2pix.config import TrainConfig
-from fastpix2pix.data.loader import Direction
+from fastpix2pix.data.options import Direction
 from fastpix2pix.data.resize import resize
 from fastpix2pix.device import choose_device
 from fastpix2pix.errors import UserError

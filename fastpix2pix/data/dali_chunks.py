@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastpix2pix.data import dali
 from fastpix2pix.data.jitter import jittered_chunks
-from fastpix2pix.data.loader import LoaderOptions
+from fastpix2pix.data.options import LoaderOptions
 from fastpix2pix.data.pairs import Pair, read_rgb
 from fastpix2pix.data.plan import Chunk
 from fastpix2pix.data.resize import resize

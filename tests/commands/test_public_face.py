@@ -116,7 +116,7 @@ LAYERS = [
     "errors presets pixels device environment host_memory history metrics page",
     "kernels",
     "models losses acceleration",
-    "training data config checkpoint monitor gallery cli interop translator",
+    "training data config checkpoint monitor report gallery cli interop translator",
 ]
 """From the bottom up; a module may import its own layer and those below. What is not named here is a command:
 it lies above them all."""
