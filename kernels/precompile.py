@@ -60,10 +60,7 @@ def precompile(
         return 0
     arch = 10 * device_capability[0] + device_capability[1]
     workers = min(workers or _usable_cpus(), -(-len(variants) // MIN_VARIANTS))
-    pool, idle = ThreadPoolExecutor(workers), SimpleQueue()
-    started = [_Worker(arch) for _ in range(workers)]
-    for worker in started:
-        idle.put(worker)
+    pool, started, idle = ThreadPoolExecutor(workers), [], SimpleQueue()
 
     def compile_one(variant: Variant) -> Outcome:
         worker = idle.get()
@@ -73,6 +70,9 @@ def precompile(
             idle.put(worker)
 
     try:
+        for _ in range(workers):
+            started.append(_Worker(arch))
+            idle.put(started[-1])
         futures = [pool.submit(compile_one, variant) for variant in variants]
         for done, _ in enumerate(as_completed(futures), 1):
             if progress is not None:
@@ -83,7 +83,8 @@ def precompile(
             worker.stop()
     outcomes = [future.result() for future in futures]
     if Outcome.FAILED not in outcomes:
-        receipt.touch()
+        with suppress(OSError):
+            receipt.touch()
     return outcomes.count(Outcome.COMPILED)
 
 
@@ -132,8 +133,10 @@ class _Worker:
 
     def stop(self) -> None:
         self._process.kill()
-        with suppress(OSError):  # what was not sent
-            self._process.communicate()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):  # a request that could not be sent
+                pipe.close()
+        self._process.wait()
 
 
 # ------------------------------------------------------------------------------------- in a worker's process
@@ -163,6 +166,8 @@ def _compile(variant: Variant) -> Outcome:
     try:
         compiled = variant.compile()
     except Exception:
+        return Outcome.FAILED
+    if compiled is None:  # the kernel was defined for the interpreter
         return Outcome.FAILED
     with suppress(Exception):  # no C compiler, for instance; the launch will say so
         _build_launcher(compiled)
