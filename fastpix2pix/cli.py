@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 from PIL import Image
@@ -34,7 +34,7 @@ def run(
     # Its error, at twice the size, is enough; which sizes fit is for the command to say.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
-        options = {} if (found := default(argv)) is None else {"default": found}
+        options: dict[str, Any] = {} if (found := default(argv)) is None else {"default": found}
         config = tyro.cli(
             config_class, args=argv, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,), **options
         )

@@ -85,7 +85,7 @@ def _charts(history: History, config: dict) -> str:
     undecided, name = (0.25, "1/4") if config.get("gan_mode") == "lsgan" else (math.log(2), "log 2")
     references = [(undecided, f"{name} = {undecided:.2f}")]
     # The tutorial's discriminator loss is the sum of both halves, which log 2 is not the undecided value of.
-    preset = PRESETS.get(config.get("preset"))
+    preset = PRESETS.get(str(config.get("preset")))
     doubled = preset is not None and preset.update.disc_factor == 1
     both = [(2 * undecided, f"undecided = {2 * undecided:.2f}")] if doubled else []
     return (

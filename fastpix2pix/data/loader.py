@@ -194,9 +194,9 @@ class LoaderOptions:
     chunk: int | None = None
 
     def __post_init__(self):
-        for field in ("load_size", "crop_size", "batch_size", "num_threads"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{field} {getattr(self, field)}: give a number of at least 1")
+        for name in ("load_size", "crop_size", "batch_size", "num_threads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: give a number of at least 1")
         if self.seed < 0:
             raise UserError(f"seed {self.seed}: must be 0 or more")
         if self.load_size < self.crop_size:
