@@ -1,8 +1,9 @@
-"""Writes what ``benchmarks/results/`` says into README's section on speed, and draws ``docs/speed.svg``.
+"""Writes what ``benchmarks/results/`` says into README and docs/speed.md, and draws docs/speed.svg.
 
     python -m benchmarks.render
 
-Every figure in that section comes from there. Those of a model are called so.
+Every figure on speed in these two comes from there: README has the steps that were measured, the page all.
+Those of a model are called so.
 """
 
 import textwrap
@@ -14,7 +15,9 @@ from benchmarks import results
 
 COUNTED = "H100"  # the GPU of the model whose 16-bit type is the one that operators are shown for
 ROOT = Path(__file__).resolve().parents[1]
-README, PLOT = ROOT / "README.md", ROOT / "docs" / "speed.svg"
+README, PAGE, PLOT = ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "speed.svg"
+PEERS = ("plain PyTorch", "tuned PyTorch")
+NOT_ON_GPU = "Nothing here was measured on a GPU yet."
 BEGIN, END = "<!-- speed: begin (python -m benchmarks.render writes this part) -->", "<!-- speed: end -->"
 
 Result = dict[str, Any]
@@ -148,18 +151,62 @@ def over_floor(result: Result) -> list[str]:
     return [paragraph(words), table(("step", "ms, measured", "ms (model)", "measured / model"), rows)]
 
 
+def modelled(result: Result) -> str:
+    """What a roofline says of one GPU, in a sentence."""
+    steps = result["model"][COUNTED]["steps"]
+    plain, tuned, ours = (f"{steps[name]['ms']:.2f} ms" for name in (*PEERS, "fastpix2pix"))
+    return (
+        f"A model, not a measurement, puts a step of {images(result)} on an {COUNTED} at {ours}, plain "
+        f"PyTorch at {plain} and tuned PyTorch at {tuned}."
+    )
+
+
+def summary(all_results: list[Result]) -> str:
+    """What README says between the two marks: a row for each step that was measured."""
+    of = kinds(all_results)
+    rows = []
+    for result in of["comparison"]:
+        figures = {row["name"]: row for row in result["figures"]}
+        name, ours = min(
+            ((name, row) for name, row in figures.items() if name.startswith("fastpix2pix")),
+            key=lambda named: named[1]["ms"],
+        )
+        rows.append(
+            (
+                f"{images(result)}, {name.removeprefix('fastpix2pix ')}",
+                *(f"{number(figures[peer]['ms'])} ms" for peer in PEERS),
+                f"**{number(ours['ms'])} ms**",
+                f"{ours['over_plain']['wall']:.2f}, {ours['over_tuned']['wall']:.2f}",
+                f"{hardware(result)}, {result['environment']['date']}",
+            )
+        )
+    header = ("a training step", *PEERS, "**fastpix2pix**", "times as fast", "measured on")
+    parts = [table(header, rows)]
+    if not on_gpu(of["comparison"]):
+        parts.append(paragraph(" ".join([NOT_ON_GPU, *map(modelled, of["roofline"][:1])])))
+    return "\n\n".join(parts)
+
+
+def on_gpu(comparisons: list[Result]) -> bool:
+    """Whether any step was measured on a GPU."""
+    return any(result["environment"]["gpu"] for result in comparisons)
+
+
 def section(all_results: list[Result]) -> str:
-    """The part of README between the two marks."""
+    """What docs/speed.md says between the two marks."""
     of = kinds(all_results)
     parts = [part for result in of["comparison"] for part in comparison(result)]
-    if not any(result["environment"]["gpu"] for result in of["comparison"]):
-        parts.append("Nothing here was measured on a GPU yet.")
+    if not on_gpu(of["comparison"]):
+        parts.append(NOT_ON_GPU)
     parts += [part for result in of["roofline"] if "measured" in result for part in over_floor(result)]
     if of["roofline"]:
         parts += model(of["roofline"])
     parts += [part for result in of["suite"] for part in suite(result)]
-    parts.append(f"![Milliseconds per step, measured and modelled]({PLOT.relative_to(ROOT).as_posix()})")
+    parts.append(f"![Milliseconds per step, measured and modelled]({PLOT.name})")
     return "\n\n".join(parts)
+
+
+RENDERED = {README: summary, PAGE: section}
 
 
 def kinds(all_results: list[Result]) -> dict[str, list[Result]]:
@@ -227,7 +274,8 @@ def plot(all_results: list[Result], path: Path) -> None:
 
 def main() -> None:
     all_results = results.committed()
-    README.write_text(replaced(README.read_text(encoding="utf-8"), section(all_results)), encoding="utf-8")
+    for path, words in RENDERED.items():
+        path.write_text(replaced(path.read_text(encoding="utf-8"), words(all_results)), encoding="utf-8")
     plot(all_results, PLOT)
 
 

@@ -57,7 +57,9 @@ class _FusedNorm(_NormBase):
         if probability:  # from torch's generator, which seeds, checkpointing and captured graphs know about
             rng = torch.randint(2**63 - 1, (2,), device=x.device)
         config = config._replace(eps=self.eps, slope=self.slope, dropout=probability)
-        y = norm_act(x, self.weight, self.bias, *running, config=config, rng=rng)
+        y: Tensor = norm_act(  # type: ignore[assignment]  # a pair only where a skip is asked for
+            x, self.weight, self.bias, *running, config=config, rng=rng
+        )
         return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
 
     def extra_repr(self) -> str:
@@ -89,7 +91,10 @@ class InstanceNorm2dAct(_FusedNorm, nn.InstanceNorm2d):
         return self._fused(x, NormActConfig(groups=x.shape[0]))
 
 
-FUSED = {nn.BatchNorm2d: BatchNorm2dAct, nn.InstanceNorm2d: InstanceNorm2dAct}
+FUSED: dict[type[nn.Module], type[_FusedNorm]] = {
+    nn.BatchNorm2d: BatchNorm2dAct,
+    nn.InstanceNorm2d: InstanceNorm2dAct,
+}
 
 
 def _slope(layer: nn.Module) -> float | None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 from PIL import Image
@@ -38,7 +38,7 @@ def run(
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         with _interrupts_as_exceptions():
-            options = {} if (found := default(argv)) is None else {"default": found}
+            options: dict[str, Any] = {} if (found := default(argv)) is None else {"default": found}
             config = tyro.cli(
                 config_class,
                 args=argv,

@@ -192,7 +192,9 @@ class TrainConfig:
         """Length of the whole run."""
         if self._epochs is not None:
             return sum(self._epochs) * steps_per_epoch
-        return self.rules.schedule.steps if self.steps is None else self.steps
+        steps = self.rules.schedule.steps if self.steps is None else self.steps
+        assert steps is not None, "a schedule is in epochs or in steps"
+        return steps
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of the step numbered ``step`` from 0: junyanz's linear rule, constant in an epoch.

@@ -18,6 +18,7 @@ from fastpix2pix.errors import UserError
 from fastpix2pix.full_checkup import full_checkup
 from fastpix2pix.kernels import language
 from fastpix2pix.models import NetworkOptions, build_networks
+from fastpix2pix.presets import PresetName
 from fastpix2pix.training.diagnosis import explain
 from fastpix2pix.training.options import StepOptions
 from fastpix2pix.training.precision import choose_precision, set_float32_math
@@ -85,7 +86,7 @@ def kernels_compile(device: torch.device) -> str:
     return f"all compile for sm_{arch}"
 
 
-def agrees_with_reference(device: torch.device, preset: str) -> str:
+def agrees_with_reference(device: torch.device, preset: PresetName) -> str:
     _on_gpu(device)
     precision = choose_precision(None, device)
     set_float32_math(precision)
@@ -105,7 +106,8 @@ def _step(
 
 def captured_equals_eager(device: torch.device) -> str:
     _on_gpu(device)
-    options = StepOptions(precision=choose_precision(None, device))
+    precision = choose_precision(None, device)
+    options = StepOptions(precision=precision)
     eager, replayed = (_step(device, options, NetworkOptions(), graph=graph) for graph in (False, True))
     worst = 0.0
     for source, target in random_pairs(STEPS, SIZE):
@@ -114,8 +116,9 @@ def captured_equals_eager(device: torch.device) -> str:
         ]
         expected, losses = torch.stack(eager.run(*images)), torch.stack(replayed.run(*images))
         worst = max(worst, ((losses - expected).abs() / expected.abs()).max().item())
-    assert replayed.run.failure is None, f"not captured: {replayed.run.failure}"
-    assert worst <= TOLERANCE[options.precision], f"losses differ by {worst:.1e} over {STEPS} steps"
+    captured = replayed.resolved()["cuda_graph"]
+    assert captured == "yes", f"not captured: {captured}"
+    assert worst <= TOLERANCE[precision], f"losses differ by {worst:.1e} over {STEPS} steps"
     return f"{STEPS} replays and eager steps, losses within {worst:.1e}"
 
 
@@ -126,6 +129,7 @@ def dropout_advances(device: torch.device) -> str:
     fakes = []
     for _ in range(2):
         prepared.run(*images)
+        assert prepared.step.fake is not None
         fakes.append(prepared.step.fake.clone())
     assert not torch.equal(*fakes), "two steps dropped the same values"
     return "two steps on the same pair draw two masks"

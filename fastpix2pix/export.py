@@ -22,7 +22,7 @@ try:
     import onnxruntime
     from onnx import helper, numpy_helper
 except ImportError:
-    onnx = None
+    onnx = None  # type: ignore[assignment]
 
 OPSET, IR_VERSION = 17, 8  # of early 2022: nothing newer is needed
 TOLERANCE = 1e-3  # of an image in [-1, 1]; 8 bits are steps of 8e-3
@@ -98,7 +98,7 @@ class _Graph:
     def model(self) -> "onnx.ModelProto":
         generator = self.generator
         self._op("Tanh", [self._unet(generator)], "generated")
-        shapes = {
+        shapes: dict[str, list[str | int | None]] = {
             "input": ["n", generator.in_channels, "height", "width"],
             "generated": ["n", generator.out_channels, "height", "width"],
         }

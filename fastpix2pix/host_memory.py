@@ -20,7 +20,9 @@ def keep_freed_memory() -> None:
     gradients, which the system then has to clear and map again, 4 KiB at a time. And where weights of
     megabytes are read once, looking up so many small pages takes longer than reading them.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return
     libc.mallopt(M_MMAP_MAX, 0)

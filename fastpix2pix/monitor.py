@@ -162,9 +162,8 @@ class Monitor:
         self._add("train/images_per_second", rate, step)
         self._add("train/data_wait_share", wait, step)
         mean = Losses(*values.mean(0).tolist())
-        self.history.health = gan_health(
-            mean.disc_real_loss, mean.disc_fake_loss, mean.gen_gan_loss, self.gan_mode
-        )
+        real, fake, gan = map(float, (mean.disc_real_loss, mean.disc_fake_loss, mean.gen_gan_loss))
+        self.history.health = gan_health(real, fake, gan, self.gan_mode)
         self.bar.set_postfix_str(
             f"G {mean.gen_total_loss:.2f} (GAN {mean.gen_gan_loss:.2f}, L1 {mean.gen_l1_loss:.3f}) "
             f"D {mean.disc_loss:.2f}, {rate:.3g} images/s, {wait:.0%} waiting for data"

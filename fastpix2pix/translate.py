@@ -226,7 +226,9 @@ def _translate_file(translator: Translator, source: Source, kind: str, resized: 
     metrics = {}
     if kind == "pair":
         target = pictures["target"].convert(generated.mode)
-        metrics = image_metrics(*(torch.from_numpy(np.atleast_3d(p).copy()) for p in (generated, target)))
+        metrics = image_metrics(
+            *(torch.from_numpy(np.atleast_3d(np.asarray(p)).copy()) for p in (generated, target))
+        )
     return Entry(
         source.name,
         {role: f"{role}/{source.name}.png" for role in pictures},

@@ -42,7 +42,7 @@ Command = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    cli.run(Command, run, argv)
+    cli.run(Command, run, argv)  # type: ignore[arg-type]  # a union of commands, which tyro takes too
 
 
 if __name__ == "__main__":

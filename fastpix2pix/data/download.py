@@ -68,7 +68,7 @@ def _install(dataset: Dataset, folder: Path) -> None:
     record = folder / f"{dataset.name}.tar.gz.sha256"
     archive = folder / f"{dataset.name}.tar.gz"
     try:
-        source, remedy = archive, "remove it to have it downloaded"
+        source, remedy = str(archive), "remove it to have it downloaded"
         if not archive.is_file():
             source, remedy = dataset.url, "try again later"
             archive = _download(dataset, partial, folder)
@@ -148,7 +148,7 @@ _TOO_MUCH = "unpacks to far more than the published data set"
 class _BoundedReader:
     """Read ``stream`` and stop at ``limit`` bytes, which is what a decompression bomb runs into."""
 
-    def __init__(self, stream: BinaryIO, limit: int):
+    def __init__(self, stream: BinaryIO | gzip.GzipFile, limit: int):
         self.stream = stream
         self.left = limit
 
@@ -164,10 +164,10 @@ class _StrictTarInfo(tarfile.TarInfo):
     """A header that must be whole: tarfile takes a broken one for the end, and half an archive for all."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_StrictTarInfo":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictTarInfo":
         try:
             return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # not in typeshed
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error
@@ -180,7 +180,9 @@ def _extract(dataset: Dataset, archive: Path, into: Path) -> None:
             stream = _BoundedReader(decompressed, dataset.limit)
             total = sum(dataset.pairs.values())
             with (
-                tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictTarInfo) as members,
+                tarfile.open(  # type: ignore[call-overload]  # a stream is only read
+                    fileobj=stream, mode="r|", tarinfo=_StrictTarInfo
+                ) as members,
                 tqdm(members, desc="unpack", unit=" files", total=total) as bar,
             ):
                 _extract_pairs(members, bar, stream, into)
@@ -222,5 +224,7 @@ def _extract_pairs(
         if plain and len(path.parts) == 3 and not path.name.startswith("."):
             target = into.joinpath(*path.parts)
             target.parent.mkdir(parents=True, exist_ok=True)
-            with archive.extractfile(member) as content, open(target, "xb") as file:
+            content = archive.extractfile(member)
+            assert content is not None, "a plain file has contents"
+            with content, open(target, "xb") as file:
                 shutil.copyfileobj(content, file)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fastpix2pix.errors import UserError
 
@@ -58,7 +58,7 @@ def find_pairs(root: str | Path, split: str) -> list[Pair]:
         raise UserError(f"{root}: no such folder; give the folder that holds {split}/")
     for a, b in ((root / "A" / split, root / "B" / split), (root / split / "A", root / split / "B")):
         if a.is_dir() or b.is_dir():
-            files = _match(a, b)
+            files: list[tuple[Path, Path | None]] = [*_match(a, b)]
             break
     else:
         if not (root / split).is_dir():
@@ -79,14 +79,14 @@ def read_rgb(path: Path) -> np.ndarray:
         raise UserError(f"{path}: cannot be decoded ({error}); replace or remove it") from error
 
 
-def raw_mode(image: Image.Image) -> str:
+def raw_mode(image: ImageFile.ImageFile) -> str:
     """How the samples lie in the file, e.g. "RGB;16B". Raises OSError where the file ends before them."""
     if not image.tile:
         raise OSError("no pixels follow the header")  # Pillow would make a black picture of it
     return str(image.tile[0][3])
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: ImageFile.ImageFile) -> np.ndarray:
     if image.mode.startswith("I"):  # 16-bit grey
         return np.repeat(_scale_16_bit(np.asarray(image).astype(np.uint32))[..., None], 3, axis=2)
     rawmode = raw_mode(image)
@@ -176,14 +176,14 @@ def _match(a: Path, b: Path) -> list[tuple[Path, Path]]:
     for folder in (a, b):
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder, though {b if folder == a else a} exists; add it")
-    by_stem = []
+    by_stem: list[dict[str, Path]] = []
     for folder in (a, b):
         files = _images(folder)
         stem, times = Counter(p.stem for p in files).most_common(1)[0]
         if times > 1:
             raise UserError(f"{folder}: holds {times} files called {stem}; partners are matched by this name")
         by_stem.append({p.stem: p for p in files})
-    for here, there, folder in ((*by_stem, b), (*reversed(by_stem), a)):
+    for here, there, folder in ((by_stem[0], by_stem[1], b), (by_stem[1], by_stem[0], a)):
         for stem, path in here.items():
             if stem not in there:
                 raise UserError(f"{path}: has no partner {stem} in {folder}; add it or remove this file")

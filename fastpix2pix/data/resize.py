@@ -6,7 +6,7 @@ and the CPU leaves bicubic to Pillow itself, which is faster there.
 """
 
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ def _bicubic_pass(images: Tensor, size: int, dim: int) -> Tensor:
     first, weights = bicubic_weights(images.shape[dim], size, images.device)
     shape = [1, 1, 1, 1]
     shape[dim] = size
-    total = 1 << (FRACTION_BITS - 1)  # one half: the shift below then rounds to nearest
+    total: Any = 1 << (FRACTION_BITS - 1)  # one half: the shift below then rounds to nearest
     for tap in range(weights.shape[1]):
         # Past the border the weight is 0, so any pixel may stand in.
         source = (first + tap).clamp(max=images.shape[dim] - 1)

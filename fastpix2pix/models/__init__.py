@@ -1,5 +1,7 @@
 """The two networks of pix2pix, built from ``NetworkOptions``."""
 
+from typing import Any
+
 import torch
 
 from fastpix2pix.models.discriminator import PatchDiscriminator
@@ -12,7 +14,7 @@ __all__ = ["NetworkOptions", "PatchDiscriminator", "UNetGenerator", "build_gener
 def build_generator(options: NetworkOptions) -> UNetGenerator:
     """A freshly initialised generator on the CPU, the same for the same seed."""
     torch.manual_seed(options.seed)
-    dropout = {"dropout": 0.0} if options.no_dropout else {}
+    dropout: dict[str, Any] = {"dropout": 0.0} if options.no_dropout else {}
     return UNetGenerator(
         options.preset,
         ngf=options.ngf,

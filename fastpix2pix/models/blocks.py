@@ -19,6 +19,9 @@ class Epilogue(nn.Module):
     convolution's, added here). Parameters and running statistics stay in float32 in a 16-bit network.
     """
 
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
     def __init__(
         self,
         channels: int,

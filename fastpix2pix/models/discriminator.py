@@ -64,7 +64,7 @@ class PatchDiscriminator(nn.Module):
             self.blocks.append(Block(conv, epilogue))
         self.last = nn.Conv2d(widths[-1], 1, KERNEL_SIZE, 1, 1)
         initialise(self)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not among torch's overloads
 
     def with_bias(self, logits: Tensor) -> Tensor:
         """What the last convolution makes without its bias, as logits."""

@@ -30,6 +30,8 @@ class UNetGenerator(nn.Module):
     step, so the next one draws new masks, also when it is replayed from a captured graph.
     """
 
+    rng: Tensor
+
     def __init__(
         self,
         preset: str = "tutorial",
@@ -74,17 +76,17 @@ class UNetGenerator(nn.Module):
         dropping = range(3) if architecture.innermost_dropout else range(1, num_downs - 4)
         self.ups = nn.ModuleList()
         for i, width in enumerate(reversed(widths[:-1])):
-            conv = nn.ConvTranspose2d(
+            transposed = nn.ConvTranspose2d(
                 widths[-1] if i == 0 else 2 * widths[-1 - i], width, KERNEL_SIZE, 2, 1, bias=use_bias
             )
             epilogue = Epilogue(
                 width, norm, architecture, slope=0.0, dropout=dropout if i in dropping else 0.0, layer=i
             )
-            self.ups.append(Block(conv, epilogue))
+            self.ups.append(Block(transposed, epilogue))
         self.last = nn.ConvTranspose2d(2 * ngf, out_channels, KERNEL_SIZE, 2, 1)
         self.register_buffer("rng", torch.tensor([seed, 0]), persistent=False)
         initialise(self)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not among torch's overloads
 
     def check_size(self, height: int, width: int) -> None:
         """Raise UserError unless an image of this size goes through all the downsamplings."""

@@ -123,7 +123,7 @@ class CapturedStep:
             except Exception as error:  # of CUDA, Triton, the allocator, or a library's own: all mean eager
                 self._give_up(first_line(error))
             else:
-                self._captured[key] = _Captured(replay, *slots, self.step.fake)
+                self._captured[key] = _Captured(replay, slots[0], slots[1], self.step.fake)
         finally:
             self.step.forget_gradients()
             # Warm-up steps were real ones; training starts from where they began.

@@ -232,7 +232,7 @@ class MasterAdam(Optimizer):
 
     def _by_kind(self, parameters: Iterable[Parameter]) -> dict[tuple[int, torch.dtype], list[Parameter]]:
         """``parameters``, apart by group and type."""
-        kinds = {}
+        kinds: dict[tuple[int, torch.dtype], list[Parameter]] = {}
         for p in parameters:
             kinds.setdefault((self._group_of[p], p.dtype), []).append(p)
         return kinds
@@ -267,7 +267,8 @@ class MasterAdam(Optimizer):
 
 
 def _form(group: dict[str, Any]) -> AdamForm:
-    return AdamForm(*group["betas"], group["eps"], group["keras_eps"])
+    beta1, beta2 = group["betas"]
+    return AdamForm(beta1, beta2, group["eps"], group["keras_eps"])
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:

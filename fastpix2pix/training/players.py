@@ -136,5 +136,6 @@ class ModulePlayers:
 
 def players_for(generator: nn.Module, discriminator: nn.Module, *, real_first: bool) -> Players:
     """Fused players where both networks are ours, else players that take any modules."""
-    fused = isinstance(generator, UNetGenerator) and isinstance(discriminator, PatchDiscriminator)
-    return (FusedPlayers if fused else ModulePlayers)(generator, discriminator, real_first=real_first)
+    if isinstance(generator, UNetGenerator) and isinstance(discriminator, PatchDiscriminator):
+        return FusedPlayers(generator, discriminator, real_first=real_first)
+    return ModulePlayers(generator, discriminator, real_first=real_first)

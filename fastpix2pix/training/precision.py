@@ -2,13 +2,15 @@
 
 import statistics
 import time
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from fastpix2pix.errors import UserError
+from fastpix2pix.training.options import Precision
 
-WORKING_TYPES = {
+WORKING_TYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "tf32": torch.float32,
@@ -18,7 +20,7 @@ WORKING_TYPES = {
 WORTHWHILE = 1.2
 
 
-def choose_precision(asked: str | None, device: torch.device) -> str:
+def choose_precision(asked: Precision | None, device: torch.device) -> Precision:
     """``asked``, or the best for ``device``: bf16 on sm_80 and later, fp16 on older GPUs, and on a CPU bf16
     where it is measured at least 1.2 times as fast as fp32, which is the choice elsewhere.
 
@@ -68,7 +70,8 @@ def set_float32_math(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = tf32
     if _has_fp32_precision():
         # cudnn.rnn too: the older interface stands for both, and refuses to be read where they differ.
-        for library in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+        cudnn: Any = torch.backends.cudnn  # conv and rnn are made while running
+        for library in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn):
             library.fp32_precision = "tf32" if tf32 else "ieee"
     torch.backends.cudnn.benchmark = True
 
@@ -76,5 +79,5 @@ def set_float32_math(precision: str) -> None:
 def float32_convolutions_use_tf32() -> bool:
     """What this process has set for float32 convolutions on a GPU, through whichever interface."""
     if _has_fp32_precision():
-        return torch.backends.cudnn.conv.fp32_precision == "tf32"
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return torch.backends.cudnn.allow_tf32

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastpix2pix.host_memory import keep_freed_memory
 from fastpix2pix.kernels import launch
@@ -18,7 +18,7 @@ from fastpix2pix.models import PatchDiscriminator, UNetGenerator
 from fastpix2pix.training.diagnosis import explain
 from fastpix2pix.training.graph import CapturedStep
 from fastpix2pix.training.losses import Losses
-from fastpix2pix.training.options import StepOptions
+from fastpix2pix.training.options import Precision, StepOptions
 from fastpix2pix.training.precision import WORKING_TYPES, choose_precision, set_float32_math
 from fastpix2pix.training.selfcheck import (
     TOLERANCE,
@@ -41,7 +41,7 @@ class PreparedStep:
     step: TrainStep
     run: Callable[[Tensor, Tensor], Losses]
     device: torch.device
-    precision: str
+    precision: Precision
     lost: tuple[str, ...] = ()
 
     @property
@@ -109,8 +109,8 @@ def compile_kernels(
 
 
 def prepare_step(
-    generator: nn.Module,
-    discriminator: nn.Module,
+    generator: UNetGenerator,
+    discriminator: PatchDiscriminator,
     options: StepOptions,
     device: torch.device,
     *,

@@ -17,13 +17,13 @@ from fastpix2pix.kernels import language, launch
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
 from fastpix2pix.training.diagnosis import explain, is_out_of_memory
 from fastpix2pix.training.graph import CapturedStep
-from fastpix2pix.training.options import StepOptions
+from fastpix2pix.training.options import Precision, StepOptions
 from fastpix2pix.training.precision import WORKING_TYPES
 from fastpix2pix.training.step import TrainStep
 
 # Largest relative difference of a loss over CHECK_STEPS steps from fresh weights: room for another order of
 # summation in fp32, and for the shorter significands of the others.
-TOLERANCE = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 2e-2, "bf16": 5e-2}
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 2e-2, "bf16": 5e-2}
 CHECK_STEPS = 2
 
 
@@ -58,7 +58,7 @@ def random_pairs(
     random = torch.Generator().manual_seed(0)
     shape = (count, batch_size, sum(channels), size, size)
     images = torch.rand(shape, generator=random) * 2 - 1
-    return [tuple(pair.split(channels, dim=1)) for pair in images]
+    return [(source, target) for source, target in (pair.split(channels, dim=1) for pair in images)]
 
 
 def compare_with_reference(
@@ -70,7 +70,8 @@ def compare_with_reference(
     channels = networks.generator.in_channels, networks.generator.out_channels
     pairs = random_pairs(CHECK_STEPS, size, channels=channels)
     plain = TrainStep(*networks.fresh(), replace(options, precision="fp32"))
-    step = TrainStep(*(network.to(device) for network in networks.fresh()), options)
+    fresh = networks.fresh()
+    step = TrainStep(fresh.generator.to(device), fresh.discriminator.to(device), options)
     run = CapturedStep(step) if graph else step
     worst = 0.0
     for source, target in pairs:
@@ -79,7 +80,7 @@ def compare_with_reference(
         images = (image.to(device, dtype, memory_format=torch.channels_last) for image in (source, target))
         losses = torch.stack(run(*images)).cpu()
         worst = max(worst, ((losses - expected).abs() / expected.abs()).nan_to_num(float("inf")).max().item())
-    failure = run.failure if graph else None
+    failure = run.failure if isinstance(run, CapturedStep) else None
     return Comparison(worst, graph and failure is None, failure)
 
 

@@ -1,6 +1,7 @@
 """One GAN update as one plain function: forward passes, losses, backward passes, both Adams."""
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class TrainStep:
                 set_working_type(network, WORKING_TYPES[options.precision])
         weight = next(generator.parameters())
         self.loss_scale = LossScale(weight.device) if weight.dtype == torch.float16 else None
-        adam = {
+        adam: dict[str, Any] = {
             "lr": options.lr,
             "betas": (options.beta1, 0.999),
             "eps": self.rule.adam_eps,

@@ -312,12 +312,13 @@ def test_measured_rates(monkeypatch):
 # ----------------------------------------------------------------------------------------------- results
 
 
-def test_readme_says_what_was_measured():
-    text = render.README.read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("page", "words"), render.RENDERED.items(), ids=lambda value: getattr(value, "name", "")
+)
+def test_pages_say_what_was_measured(page, words):
+    text = page.read_text(encoding="utf-8")
     assert text.count(render.BEGIN) == text.count(render.END) == 1
-    assert render.replaced(text, render.section(results.committed())) == text, (
-        "run python -m benchmarks.render"
-    )
+    assert render.replaced(text, words(results.committed())) == text, "run python -m benchmarks.render"
 
 
 def test_committed_results_describe_themselves_and_no_machine():
@@ -346,6 +347,7 @@ def test_a_modelled_time_is_called_so():
     (header,) = (line for line in lines if "H100" in line)
     assert header.count(", ms (model)") == len(roofline.GPUS)
     assert "Nothing here was measured on a GPU yet." in lines
+    assert "A model, not a measurement, puts a step" in " ".join(render.summary([result]).split())
     assert all(title.startswith("model: ") for title, _ in render.ladders([result]))
 
 
@@ -359,11 +361,17 @@ def test_a_gpu_that_was_measured_is_named():
         "date": "2026-01-01",
     }
     conditions = {"preset": "junyanz", "batch_size": 4, "pixels": 256, "rounds": 11}
-    result = {"what": "comparison", "environment": environment, "conditions": conditions}
-    text = render.section([result | {"figures": [{"name": "fastpix2pix bf16, captured", **figures}]}])
+    names = ("plain PyTorch", "tuned PyTorch", "fastpix2pix bf16, captured", "fastpix2pix fp32")
+    rows = [figures | {"name": name, "ms": ms} for name, ms in zip(names, (4, 3, 1.2345, 2), strict=True)]
+    result = {"what": "comparison", "environment": environment, "conditions": conditions, "figures": rows}
+    text = render.section([result])
     assert "NVIDIA X, power limit 350.00 W, PyTorch 2.9, CUDA 12.8" in " ".join(text.split())
     assert "| **fastpix2pix bf16, captured** | 1.23 | 3.00 | 2.00 |" in text
     assert "on a GPU yet" not in text and "busy" not in text
+    text = render.summary([result])
+    fastest = "| junyanz, batch 4, 256x256, bf16, captured | 4 ms | 3 ms | **1.23 ms** | 3.00, 2.00 |"
+    assert fastest in text and "NVIDIA X, power limit 350.00 W, PyTorch 2.9, CUDA 12.8" in text
+    assert "model" not in text
 
 
 def test_results_of_the_suites_do_not_name_the_host():

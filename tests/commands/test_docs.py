@@ -23,7 +23,7 @@ from fastpix2pix.training.resume import Position, training_state
 from fastpix2pix.translate import TranslateConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = sorted(
     {
         (page.name, " ".join(match.split()))

@@ -1,0 +1,26 @@
+# For people who work on it; needs pip install -e ".[dev]". Each target is what .ci/run or a page of the docs runs.
+.PHONY: check format types test bench report
+
+check:  ## what a commit must pass: style, format, types
+	ruff check .
+	ruff format --check .
+	$(MAKE) types
+
+format:
+	ruff check --fix .
+	ruff format .
+
+types:  ## kernels/ is laid where an installation has it: type checkers do not read setup.py
+	rm -rf build/types
+	mkdir -p build/types/fastpix2pix
+	ln -s "$(CURDIR)"/fastpix2pix/* "$(CURDIR)/kernels" build/types/fastpix2pix/
+	cd build/types && mypy --cache-dir "$(CURDIR)/.mypy_cache" --config-file "$(CURDIR)/pyproject.toml"
+
+test:
+	pytest
+
+bench:
+	pytest benchmarks/ --benchmark-only
+
+report:  ## registers, spills and access widths of every kernel, compiled for eight generations of GPU
+	python -m fastpix2pix.kernels.report
