@@ -1,12 +1,13 @@
 """From a configuration dataclass to a command: typed flags, and one line for a user's mistake."""
 
+import re
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from io import TextIOWrapper
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO, TextIOWrapper
 from typing import Any, TypeVar
 
 import tyro
@@ -39,19 +40,52 @@ def run(
     try:
         with _interrupts_as_exceptions():
             options: dict[str, Any] = {} if (found := default(argv)) is None else {"default": found}
-            config = tyro.cli(
-                config_class,
-                args=argv,
-                use_underscores=True,
-                config=(tyro.conf.FlagCreatePairsOff,),
-                **options,
-            )
-            command(config)
+            command(_parse(config_class, argv, _program(command), **options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _program(command: Callable) -> str:
+    """How the command is started, as people type it."""
+    module = command.__module__
+    if module == "__main__":
+        module = sys.modules["__main__"].__spec__.name
+    return f"python -m {module.removesuffix('.__main__')}"
+
+
+def _parse(config_class: type[Config], argv: Sequence[str], program: str, **options) -> Config:
+    """``argv`` as a configuration. Raises UserError, which is one line where tyro prints a box of them."""
+    told = StringIO()
+    try:
+        with redirect_stderr(told):
+            return tyro.cli(
+                config_class,
+                args=argv,
+                prog=program,
+                use_underscores=True,
+                config=(tyro.conf.FlagCreatePairsOff,),
+                **options,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help, which is on stdout
+        raise UserError(f"{_what_is_wrong(told.getvalue())}; see {program} --help") from None
+
+
+def _what_is_wrong(box: str) -> str:
+    """The first paragraph of tyro's box, and the flag that it takes to be meant."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
+    rules = [i for i, line in enumerate(lines) if line and not line.strip("─")]
+    first = lines[: rules[0]] if rules else lines
+    if "" in first:
+        first = first[: first.index("")]
+    meant = [line.split()[0] for line in lines[len(first) :] if line.startswith("--")]
+    hint = f"; did you mean {meant[0]}?" if meant and "nrecognized" in first[0] else ""
+    return " ".join(first).rstrip(".") + hint
 
 
 @contextmanager

@@ -25,6 +25,10 @@ from fastpix2pix.training.graph import AsyncHostCopy
 from fastpix2pix.training.losses import Losses
 from fastpix2pix.training.step import TrainStep
 
+# Everything in 80 columns, which a bar would not leave room for.
+PROGRESS = "{n}/{total} {remaining} left{postfix}"
+FIRST_LOSSES = 10  # steps after which the losses are read for the first time, whatever print_freq says
+FIRST_SAMPLE = 60.0  # seconds after which samples are drawn for the first time, whatever display_freq says
 TUTORIAL_TAGS = ("gen_total_loss", "gen_gan_loss", "gen_l1_loss", "disc_loss")
 # The loss of a discriminator that answers "can't tell" (logit 0, or 1/2 for least squares) everywhere.
 UNDECIDED = {"vanilla": math.log(2), "lsgan": 0.25}
@@ -34,8 +38,7 @@ def gan_health(disc_real: float, disc_fake: float, gen_gan: float, gan_mode: str
     """One line that says whether one player is winning, from mean losses (per term, before any factor).
 
     Each is compared with what it is when the discriminator can't tell real from fake: log 2 = 0.69 for
-    vanilla. A tenth of that for the discriminator, or for the generator's, is a player that the other no
-    longer teaches.
+    vanilla. With half of that a player is ahead; with a tenth, the other one no longer teaches it.
     """
     undecided = UNDECIDED[gan_mode]
     disc = (disc_real + disc_fake) / 2
@@ -43,6 +46,10 @@ def gan_health(disc_real: float, disc_fake: float, gen_gan: float, gan_mode: str
         verdict = "the discriminator is winning; the generator learns from L1 alone"
     elif gen_gan < undecided / 10:
         verdict = "the generator is winning; the discriminator no longer guides it"
+    elif disc < undecided / 2:
+        verdict = "the discriminator is ahead"
+    elif gen_gan < undecided / 2:
+        verdict = "the generator is ahead"
     else:
         verdict = "balanced" if disc < undecided * 1.2 else "the discriminator is worse than a guess"
     return (
@@ -86,11 +93,12 @@ class Monitor:
         self._thread_excepthook, threading.excepthook = threading.excepthook, self._quiet_writer
         with self._only_warn("events"):
             self.writer = SummaryWriter(str(events), purge_step=first_step + 1 if first_step else None)
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=total_steps, initial=first_step, dynamic_ncols=True, bar_format=PROGRESS)
         self._readings: deque[tuple[int, float, float, float, AsyncHostCopy]] = deque()
         self._unread = 0
         self._waited = 0.0
-        self._since = time.perf_counter()
+        self._first_step, self._sampled = first_step, False
+        self._began = self._since = time.perf_counter()
 
     def _quiet_writer(self, args: threading.ExceptHookArgs) -> None:
         """No traceback of TensorBoard's writing thread: what it raised arrives at the next call as well."""
@@ -121,9 +129,19 @@ class Monitor:
         self._waited += seconds
 
     def stepped(self) -> None:
-        """Count a step of the loop."""
+        """Count a step of the loop, and show the losses that have arrived."""
         self._unread += 1
         self.bar.update()
+        self._show_arrived()
+
+    def losses_due(self, step: int, every: int) -> bool:
+        """Whether it is time to read the losses: each ``every`` steps, the first time after few."""
+        return step % every == 0 or step - self._first_step == FIRST_LOSSES
+
+    def samples_due(self, step: int, every: int) -> bool:
+        """Whether it is time to draw samples: each ``every`` steps, the first time after a minute at most."""
+        late = not self._sampled and time.perf_counter() - self._began > FIRST_SAMPLE
+        return step % every == 0 or late
 
     def read_losses(self, step: int, lr: float, train_step: TrainStep) -> None:
         """Send for the losses since the last call, and show what has arrived; waits for nothing.
@@ -136,6 +154,9 @@ class Monitor:
             reading = AsyncHostCopy(train_step.last_losses(self._unread))
             self._readings.append((step, lr, rate, wait, reading))
             self._unread, self._waited, self._since = 0, 0.0, time.perf_counter()
+        self._show_arrived()
+
+    def _show_arrived(self) -> None:
         while self._readings and self._readings[0][-1].ready():
             self._show_losses(*self._readings.popleft())
 
@@ -164,9 +185,10 @@ class Monitor:
         mean = Losses(*values.mean(0).tolist())
         real, fake, gan = map(float, (mean.disc_real_loss, mean.disc_fake_loss, mean.gen_gan_loss))
         self.history.health = gan_health(real, fake, gan, self.gan_mode)
+        speed = f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
         self.bar.set_postfix_str(
-            f"G {mean.gen_total_loss:.2f} (GAN {mean.gen_gan_loss:.2f}, L1 {mean.gen_l1_loss:.3f}) "
-            f"D {mean.disc_loss:.2f}, {rate:.3g} images/s, {wait:.0%} waiting for data"
+            f"G {mean.gen_gan_loss:.3g} L1 {mean.gen_l1_loss:.3g} D {mean.disc_loss:.3g}, "
+            f"{speed} img/s, {wait:.0%} waiting"
         )
 
     def _add(self, tag: str, value: float, step: int) -> None:
@@ -176,6 +198,7 @@ class Monitor:
     def show_samples(self, step: int, lr: float, train_step: TrainStep) -> None:
         """Write the sample grid and the GAN health reading of this moment."""
         self.catch_up(step, lr, train_step)
+        self._sampled = True
         grid = sample_grid(train_step.generator, self.samples)
         folder = self.run_folder / "samples"
         with self._only_warn("samples"):

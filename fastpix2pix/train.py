@@ -92,7 +92,9 @@ def batch_shapes(loader: Loader, config: TrainConfig) -> list[tuple[int, int, in
 
 
 def start_line(config: TrainConfig, loader: Loader, root: Path, prepared: PreparedStep, total: int) -> str:
-    half = "left" if config.resolved_direction() == "AtoB" else "right"
+    """What the run does, and on what: direction, precision, device, loader, threads."""
+    direction = config.resolved_direction()
+    half = "left" if direction == "AtoB" else "right"
     resolved = prepared.resolved()
     how = [resolved["precision"]]
     if prepared.device.type == "cuda":
@@ -101,9 +103,9 @@ def start_line(config: TrainConfig, loader: Loader, root: Path, prepared: Prepar
     else:
         how.append(f"{torch.get_num_threads()} threads")
     return (
-        f"{len(loader)} pairs from {root} ({loader.kind} loader, input: {half} half), {total} steps "
-        f"on {prepared.device} ({environment.device_name(prepared.device)}; {', '.join(how)}), run in "
-        f"{config.run_folder}"
+        f"{len(loader)} pairs from {root} ({loader.kind} loader, {config.num_threads} threads; {direction}: "
+        f"the {half} half is the input), {total} steps on {prepared.device} "
+        f"({environment.device_name(prepared.device)}; {', '.join(how)}), run in {config.run_folder}"
     )
 
 
@@ -194,9 +196,9 @@ def _train(config: TrainConfig) -> None:
                 within_step = False
                 at = Position(at.steps + 1, batch.epoch, batch.position)
                 monitor.stepped()
-                if at.steps % config.print_freq == 0:
+                if monitor.losses_due(at.steps, config.print_freq):
                     monitor.read_losses(at.steps, lr, step)
-                if at.steps % config.display_freq == 0:
+                if monitor.samples_due(at.steps, config.display_freq):
                     monitor.show_samples(at.steps, lr, step)
                 if at.steps % config.save_latest_freq == 0:
                     save()

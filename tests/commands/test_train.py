@@ -132,6 +132,8 @@ def test_gan_health_names_the_winner():
         (0.01, 0.02, 5.0, "the discriminator is winning"),
         (0.69, 0.69, 0.69, "balanced"),
         (0.4, 0.5, 1.0, "balanced"),
+        (0.23, 0.23, 2.05, "the discriminator is ahead"),
+        (1.5, 1.2, 0.3, "the generator is ahead"),
         (3.0, 4.0, 0.02, "the generator is winning"),
     ):
         assert verdict in monitor.gan_health(real, fake, gen, "vanilla")
