@@ -2,25 +2,25 @@
 .PHONY: check format types test bench report
 
 check:  ## what a commit must pass: style, format, types
-	ruff check .
-	ruff format --check .
+	python -m ruff check .
+	python -m ruff format --check .
 	$(MAKE) types
 
 format:
-	ruff check --fix .
-	ruff format .
+	python -m ruff check --fix .
+	python -m ruff format .
 
 types:  ## kernels/ is laid where an installation has it: type checkers do not read setup.py
 	rm -rf build/types
 	mkdir -p build/types/fastpix2pix
 	ln -s "$(CURDIR)"/fastpix2pix/* "$(CURDIR)/kernels" build/types/fastpix2pix/
-	cd build/types && mypy --cache-dir "$(CURDIR)/.mypy_cache" --config-file "$(CURDIR)/pyproject.toml"
+	cd build/types && python -m mypy --cache-dir "$(CURDIR)/.mypy_cache" --config-file "$(CURDIR)/pyproject.toml"
 
 test:
-	pytest
+	python -m pytest
 
 bench:
-	pytest benchmarks/ --benchmark-only
+	python -m pytest benchmarks/ --benchmark-only
 
 report:  ## registers, spills and access widths of every kernel, compiled for eight generations of GPU
 	python -m fastpix2pix.kernels.report

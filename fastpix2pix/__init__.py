@@ -61,11 +61,13 @@ if not (Path(__file__).parent / "kernels").is_dir() and (_CLONE / "kernels" / "l
     __path__.append(str(_CLONE))  # in a clone, kernels/ lies beside this folder; setup.py maps it in a wheel
 
 
-def __getattr__(name: str):
-    """What ``__all__`` names, imported when it is asked for: ``import fastpix2pix`` alone stays quick."""
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a checker that saw it would take every name for one of ours
+
+    def __getattr__(name: str):
+        """What ``__all__`` names, imported when it is asked for: ``import fastpix2pix`` alone stays quick."""
+        if name in _HOMES:
+            return getattr(import_module(_HOMES[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -112,7 +112,7 @@ class TrainConfig:
     keep_checkpoints: int = 3
     """How many of the newest checkpoints stay on disk."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_name(self.name)
         self.network_options(), self.step_options(), self.loader_options()
         for field in ("display_freq", "save_latest_freq", "keep_checkpoints"):

@@ -29,7 +29,7 @@ class NetworkOptions:
     no_dropout: bool = False
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         find_preset(self.preset)
         if self.netG not in GENERATOR_DEPTHS:
             raise UserError(f"--netG {self.netG}: unknown; choose one of {', '.join(GENERATOR_DEPTHS)}")

@@ -32,7 +32,7 @@ class StepOptions:
     precision: Precision | None = None
     print_freq: int = 100
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         find_preset(self.preset)
         if self.gan_mode not in ("vanilla", "lsgan"):
             raise UserError(f"--gan_mode {self.gan_mode}: choose vanilla or lsgan")

@@ -13,7 +13,7 @@ from fastpix2pix.models.blocks import set_working_type
 from fastpix2pix.training.losses import Losses, LossRing
 from fastpix2pix.training.optim import LossScale, MasterAdam
 from fastpix2pix.training.options import StepOptions
-from fastpix2pix.training.players import Backward, FusedPlayers, players_for
+from fastpix2pix.training.players import Backward, Drawn, FusedPlayers, players_for
 from fastpix2pix.training.precision import WORKING_TYPES
 
 
@@ -154,7 +154,7 @@ class TrainStep:
         disc, _, real, fake = gan.losses.unbind()
         return self._losses(gen, drawn.l1, disc, real, fake)
 
-    def _draw(self, source: Tensor, target: Tensor):
+    def _draw(self, source: Tensor, target: Tensor) -> Drawn:
         drawn = self.players.draw(source, target)
         self.fake = drawn.fake.detach()
         return drawn
