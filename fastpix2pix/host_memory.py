@@ -7,6 +7,7 @@ import sys
 # <malloc.h> of glibc
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
+M_ARENA_MAX = -8
 NEVER = -1
 
 HUGE_PAGE = 2 << 20
@@ -27,6 +28,7 @@ def keep_freed_memory() -> None:
         return
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, NEVER)
+    libc.mallopt(M_ARENA_MAX, 1)  # a thread's own heap is unmapped whenever it is empty, the loader's too
     try:  # Not beyond a limit: when a malloc fails, this thread turns to another heap, which is trimmed.
         mmap.mmap(-1, HEAP, flags=mmap.MAP_PRIVATE).close()
     except OSError:

@@ -46,6 +46,29 @@ def test_large_blocks_are_not_mapped_again(kept):
     assert sum(kept[0][10:]) < sum(mapped_again[10:]) / 10
 
 
+IN_A_THREAD = """
+import resource
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from fastpix2pix.host_memory import keep_freed_memory
+
+keep_freed_memory()
+with ThreadPoolExecutor(1) as loader:
+    blocks = None
+    for _ in range(20):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = loader.submit(lambda: [torch.ones(3 * 2**20) for _ in range(2)]).result()  # 12 MiB each
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_nor_are_those_of_another_thread():
+    """The loader's batches are made in one."""
+    done = subprocess.run([sys.executable, "-c", IN_A_THREAD], capture_output=True, text=True, check=True)
+    faults = [int(line) for line in done.stdout.split()]
+    assert sum(faults[3:]) < 6144  # the pages of 24 MiB: the first three rounds may be new memory
+
+
 @pytest.mark.skipif(
     not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="no transparent huge pages"
 )
