@@ -52,7 +52,8 @@ def _program(command: Callable) -> str:
     """How the command is started, as people type it."""
     module = command.__module__
     if module == "__main__":
-        module = sys.modules["__main__"].__spec__.name
+        spec = sys.modules["__main__"].__spec__
+        module = module if spec is None else spec.name
     return f"python -m {module.removesuffix('.__main__')}"
 
 

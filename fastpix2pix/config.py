@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastpix2pix.data.catalog import DATASETS
 from fastpix2pix.data.options import Direction, LoaderOptions
@@ -270,7 +270,7 @@ def _gib(gib: float) -> int:
 _FIELD_TYPES = get_type_hints(TrainConfig)
 
 
-def _is_of(value: object, kind: object) -> bool:
+def _is_of(value: object, kind: Any) -> bool:
     """Whether a value read from JSON is of the annotated type ``kind``; paths are strings there."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
@@ -283,7 +283,7 @@ def _is_of(value: object, kind: object) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _in_words(kind: object) -> str:
+def _in_words(kind: Any) -> str:
     """What a value that is not of ``kind`` is, as the end of a sentence."""
     if get_origin(kind) in (Union, UnionType):
         kind = next(one for one in get_args(kind) if one is not NoneType)

@@ -126,11 +126,11 @@ def _difference(wanted: object, found: object, where: str = "") -> str | None:
         missing = [key for key in wanted if key not in found]
         if missing:
             return f"{where + '.' if where else ''}{missing[0]} is missing"
-        keys = wanted
+        keys = list(wanted)
     elif isinstance(wanted, list | tuple):
         if len(found) != len(wanted):
             return f"{where} has {len(found)} entries, not {len(wanted)}"
-        keys = range(len(wanted))
+        keys = list(range(len(wanted)))
     else:
         return None
     parts = (_difference(wanted[key], found[key], f"{where}.{key}" if where else f"{key}") for key in keys)

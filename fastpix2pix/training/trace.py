@@ -1,6 +1,8 @@
 """The kernel launches of a training step, without running it: for reports, and to compile them beforehand."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from fastpix2pix.kernels.launch import Launch, observed
 from fastpix2pix.models import NetworkOptions, PatchDiscriminator, UNetGenerator, build_networks
 from fastpix2pix.presets import PRESETS
-from fastpix2pix.training.options import StepOptions
+from fastpix2pix.training.options import Precision, StepOptions
 from fastpix2pix.training.precision import WORKING_TYPES
 from fastpix2pix.training.step import TrainStep
 
@@ -20,7 +22,7 @@ class _ChannelsLastConvolutions(TorchDispatchMode):
     they would be contiguous, and the launches those of an epilogue that has to copy its input.
     """
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket not in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward):
             return result
@@ -43,7 +45,8 @@ def step_launches(
     ``options.precision`` must be chosen. The step runs on the meta device: nothing is computed and no memory
     is taken, on no machine's GPU. The global random state is left alone.
     """
-    meta, launches = torch.device("meta"), []
+    meta = torch.device("meta")
+    launches: list[Launch] = []
     with torch.random.fork_rng(devices=()), meta, observed(launches.append, run=False):
         networks = generator, _ = make()
         step = TrainStep(*networks, options)
@@ -57,21 +60,21 @@ def step_launches(
     return launches
 
 
-def kernel_launches(precision: str) -> list[tuple[str, Launch]]:
+def kernel_launches(precision: Precision) -> list[tuple[str, Launch]]:
     """All different launches of a step of both presets at batch 1 and 256x256, with a label for each.
 
     precision: bf16, fp16 or fp32. Launches that differ in nothing but their tensors are returned once.
     """
-    labelled, seen = [], set()
-    for preset in PRESETS:
-        networks, options = NetworkOptions(preset=preset), StepOptions(preset=preset, precision=precision)
-        for launch in step_launches(
-            lambda networks=networks: build_networks(networks, "meta"), options, size=256
-        ):
+    labelled: list[tuple[str, Launch]] = []
+    seen = set()
+    for preset in PRESETS.values():
+        networks = NetworkOptions(preset=preset.name)
+        options = StepOptions(preset=preset.name, precision=precision)
+        for launch in step_launches(partial(build_networks, networks, "meta"), options, size=256):
             identity = _identity(launch)
             if identity not in seen:
                 seen.add(identity)
-                labelled.append((f"{preset} {_description(launch)}", launch))
+                labelled.append((f"{preset.name} {_description(launch)}", launch))
     return labelled
 
 
