@@ -13,6 +13,7 @@ from torch import Tensor
 from fastpix2pix import checkpoint, cli, environment, run_folder
 from fastpix2pix.config import TrainConfig, check_changes, check_name
 from fastpix2pix.data import Loader, find_pairs, load_pair, open_loader
+from fastpix2pix.data.check import refuse_other_layouts
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
 from fastpix2pix.device import choose_device, why_no_gpu
 from fastpix2pix.errors import UserError
@@ -59,6 +60,7 @@ def find_checkpoint(config: TrainConfig) -> tuple[Path, dict] | None:
 def data_folder(config: TrainConfig) -> Path:
     """Where the pairs are: --dataroot, or a data set by name."""
     if config.dataroot is not None:
+        refuse_other_layouts(config.dataroot)
         return config.dataroot
     if config.dataset == "synthetic":
         return synthetic_dataset(default_folder())

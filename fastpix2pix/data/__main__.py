@@ -16,7 +16,7 @@ class Check:
     """Decode and pair every file of a data set, and say what would be converted."""
 
     path: tyro.conf.Positional[Path]
-    """Folder with train/ (and val/, test/), or one of these."""
+    """Folder with train/ (and val/, test/)."""
 
 
 @dataclass

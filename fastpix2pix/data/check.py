@@ -14,6 +14,7 @@ from fastpix2pix.data.pairs import EXTENSIONS, KINDS, find_pairs, raw_mode, read
 from fastpix2pix.errors import UserError
 
 FIRST_BAD = 10  # so many bad files are listed
+OTHER_PICTURES = (".webp", ".tif", ".tiff", ".bmp", ".gif", ".heic", ".avif", ".jp2", ".npy")
 
 
 @dataclass(frozen=True)
@@ -26,28 +27,57 @@ class SplitReport:
     kinds: Counter
     files: int
     bad: list[str]  # one line each: the file, what is wrong, the remedy
+    unread: str = ""  # pictures of kinds that training passes over, e.g. "3 .webp"
 
 
 def check_folder(root: str | Path) -> list[SplitReport]:
-    """Decode and pair every file of every split of the data set at ``root``, or of the one split ``root``.
+    """Decode and pair every file of every split of the data set at ``root``.
 
-    Raises UserError when ``root`` is no folder or holds no picture at all; bad files are in the reports.
+    Raises UserError for a folder that training would not take (``refuse_other_layouts``); bad files are in
+    the reports.
     """
     root = Path(root)
+    refuse_other_layouts(root)
+    try:
+        return [_check_split(root, name) for name in _folders(root) if _split_pictures(root, name)]
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or root}: can't be read ({error.strerror}); mend that, or remove it"
+        ) from error
+
+
+def refuse_other_layouts(root: Path) -> None:
+    """Raise UserError, with what to do, unless ``root`` holds a folder of pictures for training.
+
+    Looks at names alone, not at files: whether they are pairs is for ``find_pairs``.
+    """
     try:
         if not root.is_dir():
             raise UserError(f"{root}: no such folder; give the folder that holds train/")
-        splits = [name for name in _folders(root) if _split_pictures(root, name)]
-        if not splits and _split_pictures(root.resolve().parent, root.resolve().name):
-            root, splits = root.resolve().parent, [root.resolve().name]
-        if not splits:
-            kinds = ", ".join(EXTENSIONS)
-            raise UserError(f"{root}: holds no folder with {kinds} files; put pairs into its folder train")
-        return [_check_split(root, split) for split in splits]
-    except OSError as error:
-        raise UserError(
-            f"{root}: can't be read ({error.strerror}); give the folder that holds train/"
-        ) from error
+        names = _folders(root)
+        if "train" in names and _split_pictures(root, "train"):
+            return
+        if {"trainA", "trainB"} & {*names}:
+            raise UserError(
+                f"{root}: holds trainA/ and trainB/; if files of one name belong together, rename them to "
+                "A/train/ and B/train/, and other splits likewise"
+            )
+        here = Path(os.path.abspath(root))
+        if _split_pictures(here.parent, here.name):
+            remedy = f"give {here.parent}" if here.name == "train" else f"move what it holds to {root}/train/"
+            raise UserError(f"{root}: is a split itself, not the folder that holds train/; {remedy}")
+        if "train" not in names:
+            others = [name for name in names if _split_pictures(root, name)]
+            has = f"it has {', '.join(others)}/; rename one" if others else "put pairs into such a folder"
+            raise UserError(f"{root}: holds no folder train/; {has}")
+        unread = _unread(root, "train")
+        if unread:
+            raise UserError(f"{root}/train: holds {unread}, which are not read; convert them to PNG")
+        kinds = ", ".join(EXTENSIONS)
+        raise UserError(f"{root}/train: holds no {kinds} file; put the pairs there")
+    except (OSError, ValueError) as error:
+        where, why = getattr(error, "filename", None) or root, getattr(error, "strerror", None) or error
+        raise UserError(f"{where}: can't be read ({why}); give the folder that holds train/") from error
 
 
 def check(root: str | Path) -> None:
@@ -76,7 +106,9 @@ def _check_split(root: Path, split: str) -> SplitReport:
         except UserError as error:
             bad = [str(error)]
     kinds = Counter(kind for _, kind in found if kind)
-    return SplitReport(split, len(pairs), Counter(pair.size for pair in pairs), kinds, len(files), bad)
+    return SplitReport(
+        split, len(pairs), Counter(pair.size for pair in pairs), kinds, len(files), bad, _unread(root, split)
+    )
 
 
 def _examine(path: Path) -> tuple[str, str]:
@@ -103,19 +135,25 @@ def _describe(report: SplitReport) -> Iterable[str]:
     if converted:
         kinds = ", ".join(f"{count} {KINDS.get(kind, kind)}" for kind, count in converted.items())
         yield f"  converted to 8-bit RGB: {kinds}"
+    if report.unread:
+        yield f"  not read: {report.unread}"
 
 
 def _split_pictures(root: Path, split: str) -> list[Path]:
     """Pictures of ``split`` in any of the layouts that ``find_pairs`` knows."""
+    return [path for path in _split_files(root, split) if path.suffix.lower() in EXTENSIONS]
+
+
+def _unread(root: Path, split: str) -> str:
+    """Pictures of kinds that are not read, e.g. "3 .webp, 1 .tif"; empty where there are none."""
+    kinds = Counter(path.suffix.lower() for path in _split_files(root, split))
+    return ", ".join(f"{kinds[kind]} {kind}" for kind in OTHER_PICTURES if kinds[kind])
+
+
+def _split_files(root: Path, split: str) -> list[Path]:
     folders = (root / split, root / split / "A", root / split / "B", root / "A" / split, root / "B" / split)
-    return [path for folder in folders for path in _pictures(folder)]
-
-
-def _pictures(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    files = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in files if path.suffix.lower() in EXTENSIONS)
+    return [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())
+            if not path.name.startswith(".")]  # fmt: skip
 
 
 def _folders(root: Path) -> list[str]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastpix2pix import train
 from fastpix2pix.data import __main__ as command
 from fastpix2pix.data.check import check_folder
 
@@ -67,18 +68,86 @@ def test_pairs_in_two_folders(tmp_path, capsys, layout):
         ("train", 3, {(9, 7): 3}),
         ("val", 2, {(9, 7): 2}),
     ]
-    if layout == "{split}/{ab}":
-        assert [(r.name, r.pairs) for r in check_folder(tmp_path / "train")] == [("train", 3)]
     (tmp_path / layout.format(ab="B", split="val") / "1.png").unlink()
     code, out, errors = run(capsys, "check", str(tmp_path))
     assert code == 2 and len(errors) == 1 and "has no partner 1" in errors[0]
     assert "train: 3 pairs" in out and "val: 3 files" in out
 
 
-def test_one_split_alone(root, capsys, monkeypatch):
-    monkeypatch.chdir(root / "train")
-    for path in (str(root / "train"), "."):
-        assert [(report.name, report.pairs) for report in check_folder(path)] == [("train", 3)]
+def files(*names: str):
+    return lambda root: [save(root / name) for name in names]
+
+
+def other_kinds(*names: str):
+    """Files whose names alone matter."""
+    return lambda root: [(path.parent.mkdir(parents=True, exist_ok=True), path.write_bytes(b"x"))
+                         for path in map(root.joinpath, names)]  # fmt: skip
+
+
+SPLIT = "is a split itself, not the folder that holds train/; "
+ARRANGED_OTHERWISE = {  # how; what is given of it; part of the line
+    "two unpaired folders": (
+        files("trainA/1.png", "trainB/1.png", "testA/1.png"),
+        "",
+        "rename them to A/train/ and B/train/",
+    ),
+    "the split": (files("train/1.png", "test/1.png"), "train", f"{SPLIT}give "),
+    "the split, of two folders": (files("train/A/1.png", "train/B/1.png"), "train", f"{SPLIT}give "),
+    "pictures themselves": (files("1.png", "2.png"), "", f"{SPLIT}move what it holds to "),
+    "no train": (files("test/1.png"), "", "holds no folder train/; it has test/; rename one"),
+    "no folder": (Path.mkdir, "", "holds no folder train/; put pairs into such a folder"),
+    "other kinds": (
+        other_kinds("train/1.webp", "train/2.WEBP", "train/3.tif"),
+        "",
+        "holds 2 .webp, 1 .tif, which are not read; convert them to PNG",
+    ),
+    "a loop of links": (lambda root: root.symlink_to(root.name), "", "no such folder; give the folder"),
+    "a loop inside": (
+        lambda root: (root.mkdir(), (root / "train").symlink_to("train")),
+        "",
+        "holds no folder train/",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ARRANGED_OTHERWISE)
+def test_a_folder_arranged_otherwise_is_refused_by_check_and_train_with_what_to_do(tmp_path, capsys, kind):
+    arrange, inside, line = ARRANGED_OTHERWISE[kind]
+    arrange(tmp_path / "set")
+    given = tmp_path / "set" / inside
+    code, _, errors = run(capsys, "check", str(given))
+    assert code == 2 and len(errors) == 1 and line in errors[0]
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--dataroot", str(given), "--checkpoints_dir", str(tmp_path), "--steps", "1"])
+    _, err = capsys.readouterr()
+    assert stop.value.code == 2 and err.splitlines()[-1] == errors[0] and "Traceback" not in err
+
+
+def test_a_folder_that_cannot_be_read_is_one_line(root, capsys, monkeypatch):
+    listed = Path.iterdir
+
+    def denied(self):
+        if self.name == "train":
+            raise PermissionError(13, "Permission denied", str(self))
+        return listed(self)
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    code, _, errors = run(capsys, "check", str(root))
+    assert code == 2 and len(errors) == 1
+    assert errors[0].startswith(f"error: {root}/train: can't be read (Permission denied); ")
+
+
+def test_a_folder_whose_name_is_no_utf8_is_one_line(tmp_path, capsys):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    os.mkdir(path)
+    code, _, errors = run(capsys, "check", path)
+    assert code == 2 and len(errors) == 1 and "caf\\udce9: holds no folder train/" in errors[0]
+
+
+def test_pictures_that_are_passed_over_are_noted(root, capsys):
+    other_kinds("train/a.webp", "train/notes.txt")(root)
+    code, out, _ = run(capsys, "check", str(root))
+    assert code == 0 and "train: 3 pairs" in out and "  not read: 1 .webp\n" in out
 
 
 @pytest.mark.parametrize(
