@@ -1,4 +1,4 @@
-"""The one exception that a user's own mistake may raise."""
+"""The exceptions that a user's own mistake may raise."""
 
 
 class UserError(Exception):
@@ -12,3 +12,7 @@ class UserError(Exception):
     def __init__(self, message: str):
         line = " ".join(message.split())
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+
+
+class NotFinite(UserError):
+    """A training whose losses or weights are no numbers any more: its state is not worth saving."""

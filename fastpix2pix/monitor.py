@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from fastpix2pix.errors import UserError
+from fastpix2pix.errors import NotFinite
 from fastpix2pix.history import History, read_history
 from fastpix2pix.models.generator import generate_without_trace
 from fastpix2pix.pixels import to_uint8
@@ -146,7 +146,7 @@ class Monitor:
     def read_losses(self, step: int, lr: float, train_step: TrainStep) -> None:
         """Send for the losses since the last call, and show what has arrived; waits for nothing.
 
-        step: the number of the newest one, counted from 1. Raises UserError when a loss is not finite.
+        step: the number of the newest one, counted from 1. Raises NotFinite when a loss is not finite.
         """
         if self._unread:
             seconds = time.perf_counter() - self._since
@@ -161,7 +161,7 @@ class Monitor:
             self._show_losses(*self._readings.popleft())
 
     def catch_up(self, step: int, lr: float, train_step: TrainStep) -> None:
-        """Wait for the losses of all steps so far and show them. Raises UserError as ``read_losses`` does."""
+        """Wait for the losses of all steps so far and show them. Raises NotFinite as ``read_losses`` does."""
         self.read_losses(step, lr, train_step)
         while self._readings:
             self._show_losses(*self._readings.popleft())
@@ -172,7 +172,7 @@ class Monitor:
         finite = values.isfinite().all(1)
         if not finite.all():
             culprit = first + int((~finite).nonzero()[0])
-            raise UserError(
+            raise NotFinite(
                 f"losses are not finite since step {culprit}; go on from the last checkpoint with "
                 "--continue_train and a lower --lr"
             )

@@ -15,6 +15,7 @@ from multiprocessing import active_children
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _HANGUP = getattr(signal, "SIGHUP", None)
 SAME_REQUEST = 0.5  # seconds
+CLOSING = 10.0
 
 
 class StopRequests:
@@ -44,6 +45,20 @@ class StopRequests:
             yield
         finally:
             self._waiting = False
+
+    @contextmanager
+    def limited(self, line: str) -> Iterator[None]:
+        """After a request, the body may take CLOSING seconds; then ``line`` is said and the process ends."""
+        if not self:
+            yield
+            return
+        timer = threading.Timer(CLOSING, lambda: (say(line), end_at_once(self.exit_code)))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _handle(self, number: int, _frame) -> None:
         self.received.append(number)
@@ -107,6 +122,7 @@ def end_at_once(code: int) -> None:
     """End this process and its workers without waiting for any thread of it."""
     for child in active_children():
         child.kill()
+        child.join(1.0)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

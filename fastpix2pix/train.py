@@ -16,7 +16,7 @@ from fastpix2pix.data import Loader, find_pairs, load_pair, open_loader
 from fastpix2pix.data.check import refuse_other_layouts
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
 from fastpix2pix.device import choose_device, why_no_gpu
-from fastpix2pix.errors import UserError
+from fastpix2pix.errors import NotFinite, UserError
 from fastpix2pix.models import build_networks
 from fastpix2pix.monitor import Monitor
 from fastpix2pix.signals import end_at_once, say, stop_requests, uninterrupted
@@ -175,8 +175,12 @@ def _train(config: TrainConfig) -> None:
 
     def stop_waiting() -> None:
         """A stop request while the loader is awaited, which may never answer."""
-        if at.steps > tried:
-            save()
+        try:
+            if at.steps > tried:
+                save()
+        except Exception as error:  # which would wait for the loader on its way out
+            say(f"error: {error}")
+            end_at_once(2)
         say(f"stopped at step {at.steps}; {stopped}")
         end_at_once(stops.exit_code)
 
@@ -194,8 +198,8 @@ def _train(config: TrainConfig) -> None:
                 within_step = True
                 with uninterrupted():
                     prepared.run(batch.source, batch.target)
+                    at = Position(at.steps + 1, batch.epoch, batch.position)
                 within_step = False
-                at = Position(at.steps + 1, batch.epoch, batch.position)
                 monitor.stepped()
                 if monitor.losses_due(at.steps, config.print_freq):
                     monitor.read_losses(at.steps, lr, step)
@@ -207,6 +211,8 @@ def _train(config: TrainConfig) -> None:
                 monitor.show_samples(at.steps, lr, step)
             if at.steps > tried:
                 save()
+        except NotFinite:
+            raise
         except Exception as error:
             if at.steps > tried and not within_step:
                 save_in_spite_of(save, at.steps)
@@ -218,7 +224,8 @@ def _train(config: TrainConfig) -> None:
             raise
         finally:
             monitor.close()
-            loader.close()
+            with stops.limited(f"stopped at step {at.steps}; {stopped}"):
+                loader.close()
     if stops:
         print(f"stopped at step {at.steps}; {stopped}")
         sys.exit(stops.exit_code)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpix2pix.config import ARCHITECTURE, TrainConfig
-from fastpix2pix.errors import UserError
+from fastpix2pix.errors import NotFinite, UserError
 from fastpix2pix.training.optim import MasterAdam
 from fastpix2pix.training.step import TrainStep
 
@@ -41,7 +41,7 @@ def training_state(step: TrainStep, config: TrainConfig, environment: dict, posi
 
 
 def check_finite(state: dict) -> None:
-    """Raise UserError when a floating-point tensor of the ``training_state`` holds an infinity or a NaN.
+    """Raise NotFinite when a floating-point tensor of the ``training_state`` holds an infinity or a NaN.
 
     Looks at the tensors where they are, and waits for the device once.
     """
@@ -49,7 +49,7 @@ def check_finite(state: dict) -> None:
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()])
     if not finite.all():
         name = [*tensors][int((~finite).nonzero()[0])]
-        raise UserError(
+        raise NotFinite(
             f"{name} is not finite at step {state['step']}, which is not saved; go on from the last "
             "checkpoint with --continue_train and a lower --lr, or start anew if there is none"
         )

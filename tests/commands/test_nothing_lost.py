@@ -20,6 +20,7 @@ from fastpix2pix.data.synthetic import synthetic_dataset
 from fastpix2pix.errors import UserError
 from fastpix2pix.models import build_networks
 from fastpix2pix.monitor import Monitor
+from fastpix2pix.training.graph import AsyncHostCopy
 from fastpix2pix.translator import load
 
 # --------------------------------------------------------------------------------- states that are not finite
@@ -31,6 +32,14 @@ def test_infinite_weights_are_not_saved(run, tmp_path):
     assert code == 2
     line = error_line(err)
     assert "generator." in line and "is not finite at step 1, which is not saved" in line
+    assert checkpoint.latest(tmp_path / "run") is None
+
+
+def test_a_state_whose_losses_are_no_numbers_is_not_saved_on_the_way_out(run, tmp_path, monkeypatch):
+    """Though its weights are finite, as those are that a loss scale has kept from an update."""
+    monkeypatch.setattr(AsyncHostCopy, "wait", lambda _: torch.full((1, 6), torch.nan))
+    code, _, err = run("--steps", 3, "--print_freq", 1)
+    assert code == 2 and error_line(err).startswith("error: losses are not finite since step 1;")
     assert checkpoint.latest(tmp_path / "run") is None
 
 

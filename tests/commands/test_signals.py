@@ -50,10 +50,14 @@ def stopped_at(folder: Path) -> int:
 
 
 def group_is_gone(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return True
+    """Whether no process of it is left, once the system has taken notice."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
     return False
 
 
@@ -114,6 +118,27 @@ def test_a_second_request_ends_at_once_whatever_the_main_thread_does():
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 130
     assert b"stopped at once" in err and b"Traceback" not in err
+
+
+CLOSES_FOR_EVER = """
+import os, signal, time
+from fastpix2pix import signals
+signals.CLOSING = 0.2
+with signals.stop_requests(print) as stops:
+    with stops.limited("not yet"):
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with stops.limited("in time"):
+        pass
+    with stops.limited("stopped at step 7"):
+        time.sleep(1000)
+"""
+
+
+def test_a_loader_that_does_not_close_does_not_hold_the_end_up():
+    ended = subprocess.run([sys.executable, "-c", CLOSES_FOR_EVER], capture_output=True, timeout=SECONDS)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert b"stopped at step 7" in ended.stderr and b"in time" not in ended.stderr
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path):
