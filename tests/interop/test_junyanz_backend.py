@@ -340,3 +340,19 @@ def test_a_missing_program_is_one_line(monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(UserError, match="models/pix2pix_model.py is not on sys.path"):
         backend.install()
+
+
+def test_a_device_that_computes_wrong_runs_their_own_code(program, tmp_path, monkeypatch):
+    """Where even our plain step disagrees with its reference, the step is theirs, and a line says why."""
+
+    def disagrees(*networks, **options):
+        raise UserError("this GPU does not compute what the CPU does")
+
+    expected = losses(program("--no_dropout", ours=False)[1])
+    monkeypatch.setattr(backend, "prepare_step", disagrees)
+    model, output = program("--no_dropout")
+    assert (
+        "training on this device (this GPU does not compute what the CPU does) is not accelerated" in output
+    )
+    assert not model.taken_over and not isinstance(model.netG, UNetGenerator)
+    assert torch.equal(losses(output), expected)
