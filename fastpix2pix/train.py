@@ -170,6 +170,7 @@ def _train(config: TrainConfig) -> None:
             state = training_state(step, config, environment_block(), at)
             check_finite(state)  # it must not displace a good one
             checkpoint.save(folder, at.steps, state, config.keep_checkpoints)
+            run_folder.write_environment(environment_block(), folder)  # the loader may have fallen back
             monitor.report()
 
     stopped = f"the run goes on with --continue_train --name {config.name}"
