@@ -116,6 +116,18 @@ LAYERS = {
 }
 
 
+# Distance of PyTorch's own convolution from float64, relative to the result: output, gradient of x, of weight.
+# Measured with AVX2 (oneDNN, PyTorch 2.13); it is another on other processors, and what is right is not.
+LIBRARY_ERROR = {
+    "down2": (5.68e-07, 2.88e-07, 1.14e-06),
+    "down4": (1.11e-06, 4.07e-07, 2.78e-07),
+    "down6": (1.06e-06, 4.09e-07, 6.62e-08),
+    "up6": (8.01e-07, 4.07e-07, 5.64e-07),
+    "first of the discriminator": (1.77e-07, 2.06e-07, 3.2e-06),
+    "stride 1 of the discriminator": (1.13e-06, 8.00e-07, 7.71e-07),
+}
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_float32_is_about_as_accurate_as_the_library(layer):
     """Distance from float64, relative to the result, of all three products."""
@@ -131,14 +143,12 @@ def test_float32_is_about_as_accurate_as_the_library(layer):
         y = convolve(x, weight)
         return y, *gradients(y, dy, x, weight)
 
-    def library(x, weight):
-        return F.conv2d(x, weight, None, stride, 1)
-
-    truth = results(library, x.double(), weight.double(), dy.double())
+    truth = results(
+        lambda x, weight: F.conv2d(x, weight, None, stride, 1), x.double(), weight.double(), dy.double()
+    )
     ours = results(lambda x, weight: conv2d(x, weight, stride=stride), x, weight, dy)
-    theirs = results(library, x, weight, dy)
-    for exact, our, their in zip(truth, ours, theirs, strict=True):
-        error, allowed = ((value.double() - exact).norm() / exact.norm() for value in (our, their))
+    for exact, our, allowed in zip(truth, ours, LIBRARY_ERROR[layer], strict=True):
+        error = (our.double() - exact).norm() / exact.norm()
         assert error < max(2 * allowed, 1e-6)
 
 
