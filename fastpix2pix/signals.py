@@ -67,6 +67,7 @@ class StopRequests:
 
     def _handle(self, number: int, _frame) -> None:
         self.received.append(number)
+        _expect_dead_children()
         if number == _HANGUP:
             _leave_the_terminal()
         if self._waiting:
@@ -173,3 +174,12 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGCHLD, previous)
+        if any(_listening):
+            _expect_dead_children()
+
+
+def _expect_dead_children() -> None:
+    """From a stop request on: a signal to the whole group ends the workers too, which is no error then."""
+    if hasattr(signal, "SIGCHLD"):
+        # A function, as Python complains of a handler that is gone when its signal has arrived already.
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
