@@ -124,7 +124,7 @@ def redacted(text: str) -> str:
     }
     for folder in sorted(known, key=len, reverse=True):
         if len(folder) > 1:
-            text = text.replace(folder, known[folder])
+            text = re.sub(rf"{re.escape(folder)}(?![\w.-])", known[folder], text)
     text = re.sub(r"/(?:home|Users|root|mnt|media|scratch|data)/[^\s\"':]+", "FOLDER", text)
     for name, stands_for in ((platform.node(), "HOST"), (_user(), "USER")):
         if len(name) > 2:

@@ -53,6 +53,7 @@ def test_no_folder_host_or_user_leaves_the_machine(tmp_path):
     text = redacted(" ".join(f'"{secret}/file.py"' for secret in secrets) + " torch 2.13.0 sm_90 1/2")
     for secret in secrets:
         assert secret not in text
+    assert "TEMPTEMP" not in redacted(f"{tempfile.gettempdir()}/tmpabc")
     assert "CLONE/file.py" in text and text.endswith("torch 2.13.0 sm_90 1/2")
     for name in (platform.node(), getpass.getuser()):
         assert len(name) < 3 or name not in redacted(f"run by {name} on it")
