@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fastpix2pix.data.catalog import DATASETS
 from fastpix2pix.data.options import Direction, LoaderOptions
@@ -16,6 +16,8 @@ from fastpix2pix.models.generator import size_multiple
 from fastpix2pix.models.options import GeneratorName, NetworkOptions, Norm
 from fastpix2pix.presets import Preset, PresetName, find_preset
 from fastpix2pix.training.options import GanMode, Precision, StepOptions
+
+Part = TypeVar("Part", NetworkOptions, StepOptions)
 
 NOT_OF_THE_RUN = ("continue_train", "force")
 """Flags that say what to do with a run, and are no part of it."""
@@ -149,12 +151,11 @@ class TrainConfig:
 
     def network_options(self) -> NetworkOptions:
         """What the networks are built from."""
-        return NetworkOptions.of(self)
+        return _part(self, NetworkOptions)
 
     def step_options(self) -> StepOptions:
         """What the training step needs."""
-        names = [field.name for field in dataclasses.fields(StepOptions)]
-        return StepOptions(**{name: getattr(self, name) for name in names})
+        return _part(self, StepOptions)
 
     def loader_options(self) -> LoaderOptions:
         """What the loader needs, with the direction that ``direction`` or the data decide."""
@@ -259,6 +260,11 @@ def check_changes(saved: TrainConfig, config: TrainConfig) -> list[str]:
                 "flag, add --force to go on all the same, or start another run with another --name"
             )
     return [f"--{name} {before[name]} -> {after[name]}" for name in changed]
+
+
+def _part(config: TrainConfig, kind: type[Part]) -> Part:
+    """The options of ``kind``, whose fields are all flags of the same names."""
+    return kind(**{field.name: getattr(config, field.name) for field in dataclasses.fields(kind)})
 
 
 def _gib(gib: float) -> int:

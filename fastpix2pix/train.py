@@ -167,10 +167,11 @@ def _train(config: TrainConfig) -> None:
         tried = at.steps
         with uninterrupted():
             monitor.catch_up(at.steps, lr, step)
-            state = training_state(step, config, environment_block(), at)
+            block = environment_block()
+            state = training_state(step, config, block, at)
             check_finite(state)  # it must not displace a good one
             checkpoint.save(folder, at.steps, state, config.keep_checkpoints)
-            run_folder.write_environment(environment_block(), folder)  # the loader may have fallen back
+            run_folder.write_environment(block, folder)  # the loader may have fallen back
             monitor.report()
 
     stopped = f"the run goes on with --continue_train --name {config.name}"

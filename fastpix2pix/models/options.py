@@ -1,7 +1,7 @@
 """What two networks are built from, as plain values."""
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from fastpix2pix.errors import UserError
 from fastpix2pix.presets import PresetName, find_preset
@@ -43,12 +43,3 @@ class NetworkOptions:
     @property
     def num_downs(self) -> int:
         return GENERATOR_DEPTHS[self.netG]
-
-    @classmethod
-    def of(cls, values: Any) -> "NetworkOptions":
-        """From an object or a dictionary that has all the fields, among others. KeyError or AttributeError
-        if one is missing."""
-        names = [field.name for field in fields(cls)]
-        if isinstance(values, dict):
-            return cls(**{name: values[name] for name in names})
-        return cls(**{name: getattr(values, name) for name in names})

@@ -35,14 +35,13 @@ class PreparedStep:
     """A step, how to run it, and what was resolved.
 
     step: holds networks, optimizers and losses. run: ``losses = run(source, target)``, captured or eager.
-    device, precision: as chosen. lost: what the self-check gave up, one line each.
+    device, precision: as chosen.
     """
 
     step: TrainStep
     run: Callable[[Tensor, Tensor], Losses]
     device: torch.device
     precision: Precision
-    lost: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,25 +132,21 @@ def prepare_step(
     precision = choose_precision(options.precision, device)
     options = replace(options, precision=precision)
     on_gpu = device.type == "cuda"
-    lost: tuple[str, ...] = ()
     if on_gpu:
         set_float32_math(precision)
         networks = Networks(generator, discriminator)
-        ours = isinstance(generator, UNetGenerator) and isinstance(discriminator, PatchDiscriminator)
-        if ours:
-            compile_kernels(networks, options, device, image_size, batch_sizes, say)
-        if check and ours:
-            verified = verify_or_fall_back(
+        compile_kernels(networks, options, device, image_size, batch_sizes, say)
+        if check:
+            graph = verify_or_fall_back(
                 lambda captured: compare_with_reference(
                     networks, options, device, size=image_size, graph=captured
                 ),
                 TOLERANCE[precision],
                 graph=graph,
                 say=say,
-            )
-            graph, lost = verified.graph, verified.lost
+            ).graph
             torch.cuda.empty_cache()  # what the check took is free again before training allocates
     else:
         keep_freed_memory()
     step = TrainStep(generator.to(device), discriminator.to(device), options)
-    return PreparedStep(step, CapturedStep(step) if on_gpu and graph else step, device, precision, lost)
+    return PreparedStep(step, CapturedStep(step) if on_gpu and graph else step, device, precision)
