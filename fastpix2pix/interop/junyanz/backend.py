@@ -23,7 +23,7 @@ from fastpix2pix.models.generator import size_multiple
 from fastpix2pix.models.options import GENERATOR_DEPTHS
 from fastpix2pix.training.optim import MasterAdam
 from fastpix2pix.training.options import StepOptions
-from fastpix2pix.training.precision import WORKING_TYPES, float32_convolutions_use_tf32
+from fastpix2pix.training.precision import WORKING_TYPES
 from fastpix2pix.training.prepare import PreparedStep, prepare_step
 
 NOT_ACCELERATED = "fastpix2pix: {} is not accelerated; running this repository's own code"
