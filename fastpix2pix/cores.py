@@ -10,7 +10,7 @@ import torch
 
 CROWDED = 0.6
 """The share of its threads' time below which a training on a CPU is told to use fewer: all threads wait for
-the slowest at the end of each operator. Not measured: what is single-threaded in a step costs some of it too."""
+the slowest at the end of each operator. Not measured; what is single-threaded in a step costs some too."""
 
 
 def usable_cores(root: Path = Path("/")) -> int:
