@@ -13,7 +13,7 @@ may be taken by somebody who updates the weight at once (``TakeGradient``).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ from fastpix2pix.kernels.language import INTERPRETING, ImagePointer, tl
 from fastpix2pix.kernels.launch import launch, use_triton
 from fastpix2pix.kernels.norm_act import norm_act_backward, norm_act_forward
 from fastpix2pix.kernels.reference import NormActConfig
-from fastpix2pix.kernels.tiles import cdiv, next_power_of_2
+from fastpix2pix.kernels.tiles import FEW_PIXELS, cdiv, next_power_of_2
 
 MAX_PIXELS = 256
 """The most pixels of a deep layer's small image, the whole batch together."""
@@ -82,8 +82,8 @@ class Problem(NamedTuple):
 
 
 offered = True
-"""Whether the kernels are used at all; turned off where a GPU's tensor cores are not reached (before sm_80) or
-the user wants the library's convolutions."""
+"""Whether the kernels are used at all; turned off where a GPU's tensor cores are not reached (before sm_80)
+or the user wants the library's convolutions."""
 
 chosen: Mapping[Problem, bool] = {}
 """On a GPU, whether a problem is solved by our kernels (else by the library), as found before the first step
@@ -117,24 +117,29 @@ LEAST_SIDE = 16
 
 
 def choose_product_tile(pixels: int, itemsize: int) -> ProductTile:
-    """64 of the weight's channels (the rows of one instruction of Hopper's and Blackwell's tensor cores, which
-    they are used for however few the pixels are) by all pixels, as far as registers hold them.
+    """The weight's channels by all pixels, as far as registers hold them.
 
-    The weight streams through shared memory: with few pixels the registers (at most 80) leave room for many
-    programs and the stages keep 25 kB of each one under way; with more, the sums take the registers (at
-    most 128), a program has more arithmetic for each byte, and fewer stages will do. Four warps, as in longer
-    loops over taps and channels at once eight have computed wrong results (pytorch issue 173068).
+    In 16 bit 64 channels, the rows of one instruction of Hopper's and Blackwell's tensor cores, which so
+    serve however few the pixels are. The weight streams through shared memory: with few pixels the registers
+    (at most 80) leave room for many programs and the stages keep 25 kB of each one under way; with more, the
+    sums take the registers (at most 128), a program has more arithmetic for each byte, and fewer stages will
+    do.
+
+    In fp32 32 channels: Hopper's instruction takes such factors in one order only, and to turn them costs the
+    weight its full vectors. Four warps, as in loops over taps and channels at once eight have computed wrong
+    results (pytorch issue 173068).
     """
-    side = min(max(next_power_of_2(pixels), LEAST_SIDE), 64)
-    return ProductTile(64, side, ROW_BYTES // itemsize, {16: 6, 32: 4, 64: 3}[side])
+    side = min(max(next_power_of_2(pixels), LEAST_SIDE), 64 if itemsize == 2 else 32)
+    channels = 64 if itemsize == 2 else 32
+    return ProductTile(channels, side, ROW_BYTES // itemsize, {16: 6, 32: 4, 64: 3}[side])
 
 
 def choose_weight_tile(pixels: int, itemsize: int) -> ProductTile:
     """Of the weight gradient: few pixels make short sums, so what counts is to store full vectors by many
     programs; with many pixels a square tile reads each image less often."""
-    if pixels <= 64 or itemsize > 2:
-        return ProductTile(64 if itemsize == 2 else 32, 32, 16, 3)
-    return ProductTile(64, 64, 32, 3)
+    if itemsize > 2:
+        return ProductTile(32, 32, 16, 3)
+    return ProductTile(64, 32, 16, 3) if pixels <= 64 else ProductTile(64, 64, 32, 3)
 
 
 # A model of time, to choose between more programs and fewer partial sums; its constants are an H100's.
@@ -168,8 +173,8 @@ def choose_splits(
 
 
 ADD_BLOCK = 512
-"""Values of one program that adds up partial sums: one vector of fp32 a thread, and 16 programs for each
-kilopixel of 8 channels, so that even small images keep several multiprocessors busy."""
+"""Values of one program that adds up partial sums: one vector of fp32 a thread, so that even a 4x4 image of
+512 channels has 16 programs."""
 
 
 # ------------------------------------------------------------------------------------------- launching
@@ -210,7 +215,7 @@ def fits(problem: Problem) -> bool:
 
 
 def solved_here(problem: Problem, x: Tensor) -> bool:
-    """Whether our kernels solve ``problem`` for images where ``x`` is (else the library's convolution does)."""
+    """Whether our kernels solve ``problem`` for images where ``x`` is (else the library does)."""
     if not (offered and use_triton(x) and fits(problem)):
         return False
     return chosen.get(problem, False) if x.is_cuda else True
@@ -344,12 +349,20 @@ def _weight_gradient(problem: Problem, small: Tensor, big: Tensor) -> Tensor:
     return dweight
 
 
+def solve(problem: Problem, first: Tensor, second: Tensor) -> Tensor:
+    """One product by our kernels, whatever is chosen. first, second: the big image and the weight, the small
+    image and the weight, or, for the weight gradient, the small image and the big one."""
+    if problem.product == "weight":
+        return _weight_gradient(problem, first, second)
+    return add_up(_multiply(problem, first, second, summed_by_next=False))
+
+
 def deep_conv_small(big: Tensor, weight: Tensor) -> Tensor:
     """``reference.deep_conv_small``, by kernels on a GPU."""
     problem = problem_of("small", _small_shape(big, weight.shape[0]), weight.shape[1], big.dtype)
     if not (use_triton(big) and fits(problem)):
         return reference.deep_conv_small(big, weight)
-    return add_up(_multiply(problem, big, weight, summed_by_next=False))
+    return solve(problem, big, weight)
 
 
 def deep_conv_big(small: Tensor, weight: Tensor) -> Tensor:
@@ -357,7 +370,7 @@ def deep_conv_big(small: Tensor, weight: Tensor) -> Tensor:
     problem = problem_of("big", small.shape, weight.shape[1], small.dtype)
     if not (use_triton(small) and fits(problem)):
         return reference.deep_conv_big(small, weight)
-    return add_up(_multiply(problem, small, weight, summed_by_next=False))
+    return solve(problem, small, weight)
 
 
 def deep_conv_weight(small: Tensor, big: Tensor) -> Tensor:
@@ -365,7 +378,7 @@ def deep_conv_weight(small: Tensor, big: Tensor) -> Tensor:
     problem = problem_of("weight", small.shape, big.shape[1], small.dtype)
     if not (use_triton(small) and fits(problem)):
         return reference.deep_conv_weight(small, big)
-    return _weight_gradient(problem, small, big)
+    return solve(problem, small, big)
 
 
 # ---------------------------------------------------------------------------------- forward and backward
@@ -439,7 +452,7 @@ def backward(
         return dx, None
     problem = problem_of("weight", small.shape, big.shape[1], dy.dtype)
     if solved_here(problem, dy):
-        return dx, _weight_gradient(problem, small, big)
+        return dx, solve(problem, small, big)
     return dx, _library_backward(dy, state, needs_x=False)
 
 
@@ -447,7 +460,7 @@ def _input_gradient(dy: Tensor, small: torch.Size, big_channels: int, state: Dee
     problem = problem_of("small" if state.transposed else "big", small, big_channels, dy.dtype)
     # Where the library went forward on the CPU, it kept the weight in another form.
     if state.kept.tiling is None and solved_here(problem, dy):
-        return add_up(_multiply(problem, dy, state.kept.weight, summed_by_next=False))
+        return solve(problem, dy, state.kept.weight)
     return _library_backward(dy, state, needs_x=True)
 
 
@@ -466,6 +479,11 @@ def _save(ctx, state: DeepContext, *others: Tensor | None) -> None:
 def _saved(ctx) -> tuple[DeepContext, tuple[Tensor | None, ...]]:
     x, kept_x, kept_weight, *others = ctx.saved_tensors
     return DeepContext(ctx.transposed, x, ConvContext(*ctx.kept, kept_x, kept_weight)), tuple(others)
+
+
+def _out_pixels(x: Tensor, transposed: bool) -> int:
+    n, _, h, w = x.shape
+    return 4 * n * h * w if transposed else n * h * w // 4
 
 
 class _DeepConv(torch.autograd.Function):
@@ -487,9 +505,11 @@ class _DeepConv(torch.autograd.Function):
 class _DeepConvNormAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, conv_weight, weight, bias, running, rng, config, slots, transposed, take_gradient):
-        sums, state = forward(x, conv_weight, transposed=transposed)
-        pre = sums.image
-        y, skip, mean, rstd = norm_act_forward(pre, weight, bias, *running, rng, config, *slots)
+        whole = config.norm and config.training and _out_pixels(x, transposed) <= FEW_PIXELS
+        (pre, partials), state = forward(x, conv_weight, transposed=transposed, summed_by_next=whole)
+        y, skip, mean, rstd = norm_act_forward(
+            pre, weight, bias, *running, rng, config, *slots, partials=partials
+        )
         _save(ctx, state, pre, weight, bias, mean, rstd)
         ctx.rng, ctx.config, ctx.take_gradient = rng, config, take_gradient
         ctx.set_materialize_grads(False)

@@ -1,10 +1,10 @@
 """Triton kernels of the deep layers' convolutions: thin matrix products that read a weight once.
 
-The weight (Cs, Cb, 4, 4) lies channels-last: row ``s`` of a (Cs, 16 Cb) matrix has the kernel's taps, and each
-tap its Cb channels side by side. Pixel ``(n, y, x)`` of the small image meets pixel ``(n, 2 y + i - 1,
+The weight (Cs, Cb, 4, 4) lies channels-last: row ``s`` of a (Cs, 16 Cb) matrix has the kernel's taps, and
+each tap its Cb channels side by side. Pixel ``(n, y, x)`` of the small image meets pixel ``(n, 2 y + i - 1,
 2 x + j - 1)`` of the big one in tap ``(i, j)``. A sum over taps and channels is cut into blocks of TILE.depth
-channels of one tap, and the blocks are shared by the programs along the grid's last axis: each leaves a partial
-sum, and the next launch adds them up, always in the same order.
+channels of one tap, and the blocks are shared by the programs along the grid's last axis: each leaves a
+partial sum, and the next launch adds them up, always in the same order.
 
 Arguments:
 
@@ -171,7 +171,10 @@ def deep_conv_to_big(
         # tap 2 and by row y + 1 in tap 0.
         further_row, further_column = tap // (TAPS[1] // 2), tap % (TAPS[1] // 2)
         i, down = 1 + odd_row + 2 * further_row * (1 - 2 * odd_row), further_row * (2 * odd_row - 1)
-        j, right = 1 + odd_column + 2 * further_column * (1 - 2 * odd_column), further_column * (2 * odd_column - 1)
+        j, right = (
+            1 + odd_column + 2 * further_column * (1 - 2 * odd_column),
+            further_column * (2 * odd_column - 1),
+        )
         row, column = place.row + down, place.column + right
         inside = place.inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
         left = small_channels - start
@@ -231,7 +234,9 @@ def deep_conv_to_weight(
         )
         sums = _dot(a, b, sums, MATH)
     tl.store(
-        dweight + channel[:, None] * (16 * big_channels) + (tl.program_id(1) * big_channels + column)[None, :],
+        dweight
+        + channel[:, None] * (16 * big_channels)
+        + (tl.program_id(1) * big_channels + column)[None, :],
         sums.to(dweight.dtype.element_ty),
         mask=(channel < small_channels)[:, None] & (column < big_channels)[None, :],
     )

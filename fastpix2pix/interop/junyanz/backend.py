@@ -16,6 +16,7 @@ from torch import nn
 
 from fastpix2pix.errors import UserError
 from fastpix2pix.interop.junyanz.weights import export_weights, load_weights
+from fastpix2pix.kernels.deep_conv import float32_convolutions_use_tf32
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
 from fastpix2pix.models.blocks import Epilogue
 from fastpix2pix.models.discriminator import min_size
