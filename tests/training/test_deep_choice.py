@@ -1,5 +1,7 @@
 """Who computes the deep layers' convolutions: by measurement, with a timer of the test's own."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -20,16 +22,23 @@ PROBLEMS = [
 
 
 @pytest.fixture(autouse=True)
+def nothing_chosen(monkeypatch):
+    monkeypatch.setattr(deep_conv, "offered", True)
+    monkeypatch.setattr(deep_conv, "chosen", {})
+
+
+@pytest.fixture
 def ours_by_reference(monkeypatch):
-    """What is tested here is the choice, so ours is the reference."""
+    """Where the choice is tested, ours is the reference."""
     products = {
         "small": deep_conv.reference.deep_conv_small,
         "big": deep_conv.reference.deep_conv_big,
         "weight": deep_conv.reference.deep_conv_weight,
     }
     monkeypatch.setattr(deep_conv, "solve", lambda problem, a, b: products[problem.product](a, b))
-    monkeypatch.setattr(deep_conv, "offered", True)
-    monkeypatch.setattr(deep_conv, "chosen", {})
+
+
+by_reference = pytest.mark.usefixtures("ours_by_reference")
 
 
 def timer(*microseconds: float):
@@ -43,6 +52,7 @@ def timer(*microseconds: float):
     return time
 
 
+@by_reference
 def test_the_faster_one_is_chosen_for_each_product():
     said = []
     choice = choose(PROBLEMS, "auto", CPU, timer(10, 30, 50, 20, 7, 7), said.append)
@@ -50,6 +60,7 @@ def test_the_faster_one_is_chosen_for_each_product():
     assert said == ["deep convolutions: Triton for 1 of 3 products, 37 us instead of 57"]
 
 
+@by_reference
 def test_asked_for_ours_nothing_is_timed():
     said = []
     choice = choose(PROBLEMS, "triton", CPU, None, said.append)
@@ -57,6 +68,7 @@ def test_asked_for_ours_nothing_is_timed():
     assert said == ["deep convolutions: Triton for 3 of 3 products"]
 
 
+@by_reference
 @pytest.mark.parametrize("asked", ["auto", "triton"])
 def test_what_fails_or_computes_something_else_is_left_to_the_library(monkeypatch, asked):
     right = deep_conv.solve
@@ -81,6 +93,7 @@ def test_what_fails_or_computes_something_else_is_left_to_the_library(monkeypatc
     assert said[2].startswith("deep convolutions: Triton for 1 of 3 products")
 
 
+@by_reference
 def test_a_result_that_is_nan_is_not_ours(monkeypatch):
     right = deep_conv.solve
     monkeypatch.setattr(deep_conv, "solve", lambda *operands: right(*operands) * float("nan"))
@@ -88,6 +101,7 @@ def test_a_result_that_is_nan_is_not_ours(monkeypatch):
     assert str(choice) == "library" and not any(choice.chosen.values())
 
 
+@by_reference
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_library_is_given_the_same_product(dtype):
     for problem in PROBLEMS:
@@ -105,11 +119,12 @@ def test_the_library_is_given_the_same_product(dtype):
 needs_triton = pytest.mark.skipif(not language.HAS_TRITON, reason="Triton is not installed")
 
 
-def traced(batch_size: int = 1, precision: str = "bf16") -> list:
+@cache
+def traced(precision: str = "bf16", *, offered: bool = True) -> list:
+    """Launches of a whole step of the tutorial's networks; ``offered`` names what is set in the process."""
+    assert deep_conv.offered == offered
     options = StepOptions(precision=precision)
-    return step_launches(
-        lambda: build_networks(NetworkOptions(), "meta"), options, size=256, batch_size=batch_size
-    )
+    return step_launches(lambda: build_networks(NetworkOptions(), "meta"), options, size=256)
 
 
 @needs_triton
@@ -128,7 +143,7 @@ def test_the_problems_are_those_of_the_deep_layers():
 @needs_triton
 def test_before_sm_80_and_on_request_there_is_nothing_to_choose(monkeypatch):
     monkeypatch.setattr(deep_conv, "offered", False)
-    launches = traced()
+    launches = traced(offered=False)
     assert not problems_of(launches)
     assert prepare.choose_deep_convolutions(launches, StepOptions(), CPU, pytest.fail) == "library"
 
@@ -169,8 +184,7 @@ def test_a_measurement_that_cannot_be_made_is_no_obstacle(monkeypatch):
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="before sm_80"
 )
-def test_ours_is_measured_and_right_on_this_gpu(monkeypatch):
-    monkeypatch.undo()
+def test_ours_is_measured_and_right_on_this_gpu():
     device, said = torch.device("cuda", torch.cuda.current_device()), []
     problems = problems_of(traced(precision="fp16"))
     choice = choose(problems, "auto", device, deep_choice.ColdTimer(device), said.append)
