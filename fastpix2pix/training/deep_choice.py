@@ -107,7 +107,7 @@ class DeepChoice(NamedTuple):
 
 def problems_of(launches: Iterable[Launch]) -> list[Problem]:
     """The different products of deep layers among the launches of a step (``trace.step_launches``)."""
-    found = {}
+    found: dict[Problem, None] = {}
     for launch in launches:
         if launch.name in PRODUCTS:
             pixels, height, width, small_channels, big_channels = launch.args[3:8]
