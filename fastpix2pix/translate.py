@@ -18,6 +18,7 @@ from fastpix2pix.data.options import Direction
 from fastpix2pix.data.pairs import EXTENSIONS, FORMATS, UNREADABLE, natural_order, read_rgb
 from fastpix2pix.errors import UserError
 from fastpix2pix.gallery import Entry, write_gallery
+from fastpix2pix.interop.junyanz.flags import test_words
 from fastpix2pix.metrics import image_metrics
 from fastpix2pix.translator import Translator, load
 
@@ -48,8 +49,12 @@ class TranslateConfig:
     eval: bool = False
     """Normalise by the running statistics, without dropout, instead of by each image's own statistics, with
     dropout, as both references test."""
+    no_dropout: bool = False
+    """Leave out the dropout: for a network that was trained without, and whose file does not say so."""
     seed: int = 0
     """Of the dropout."""
+    num_test: int | None = None
+    """Translate the first so many images alone."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
 
@@ -62,8 +67,11 @@ def translate(config: TranslateConfig) -> None:
         evaluation=config.eval,
         seed=config.seed,
         direction=config.direction,
+        no_dropout=config.no_dropout,
     )
-    sources = find_sources(config.input)
+    if config.num_test is not None and config.num_test < 1:
+        raise UserError(f"--num_test {config.num_test}: give a number of at least 1")
+    sources = find_sources(config.input)[: config.num_test]
     check_output(config.output, config.input)
     kind = guess_kind(sources) if config.kind == "auto" else config.kind
     half = "left" if translator.direction == "AtoB" else "right"
@@ -81,6 +89,8 @@ def translate(config: TranslateConfig) -> None:
 def _statistics(translator: Translator) -> str:
     if translator.evaluation:
         return "the running statistics of the training, without dropout"
+    if not translator.generator.dropout:
+        return "its own statistics, without dropout"
     return f"its own statistics, with dropout (seed {translator.seed}), as both references test"
 
 
@@ -274,7 +284,7 @@ def _publish(staging: Path, output: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cli.run(TranslateConfig, translate, argv)
+    cli.run(TranslateConfig, translate, argv, habits=test_words)
 
 
 if __name__ == "__main__":

@@ -152,6 +152,7 @@ def load(
     evaluation: bool = False,
     seed: int = 0,
     direction: Direction | None = None,
+    no_dropout: bool = False,
 ) -> Translator:
     """The trained generator at ``path`` as a function from image to image (see :class:`Translator`).
 
@@ -159,7 +160,8 @@ def load(
     ``*_net_G.pth`` of pytorch-CycleGAN-and-pix2pix, or an ``.npz`` of the tutorial's weights
     (``np.savez(path, *generator.get_weights())``). By default every image is normalised by its own
     statistics and dropout is on, as both references test; ``evaluation`` takes the running statistics and no
-    dropout. ``seed`` draws the dropout. ``direction`` defaults to that of the training.
+    dropout; ``no_dropout`` leaves out the dropout alone. ``seed`` draws it. ``direction`` defaults to that of
+    the training.
 
     Raises UserError when there is no such model, its weights are not finite, or ``device`` is absent.
     """
@@ -182,6 +184,8 @@ def load(
         trained_direction, size = config.resolved_direction(), config.crop_size
         source = f"{config.name}, step {state['step']}"
     _check_finite(generator, path, evaluation)
+    if no_dropout:
+        generator.leave_out_dropout()
     return Translator(
         generator.to(device),
         direction=direction or trained_direction,

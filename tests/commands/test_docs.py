@@ -39,7 +39,8 @@ COMMANDS = sorted(
 def test_command_parses(monkeypatch, page, command):
     parsed = []
 
-    def parse(config_class, _command, argv=None, **_options):
+    def parse(config_class, _command, argv=None, habits=lambda argv: (argv, []), **_options):
+        argv, _lines = habits(argv)
         flags = (tyro.conf.FlagCreatePairsOff,)
         parsed.append(tyro.cli(config_class, args=argv, use_underscores=True, config=flags))
 
