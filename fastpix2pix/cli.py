@@ -48,13 +48,22 @@ def run(
             argv, lines = habits(argv)
             for line in lines:
                 print(line)
-            options: dict[str, Any] = {} if (found := default(argv)) is None else {"default": found}
+            options: dict[str, Any] = {}
+            if (found := default(argv)) is not None:
+                options = {"default": found}
+                # Of a switch that is on already, tyro offers the one that turns it off alone.
+                argv = [word for word in argv if getattr(found, _field(word), None) is not True]
             command(_parse(config_class, argv, _program(command), **options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _field(word: str) -> str:
+    """The field that a word of the command line would be the flag of."""
+    return word[2:].replace("-", "_") if word.startswith("--") else ""
 
 
 def _program(command: Callable) -> str:

@@ -31,6 +31,7 @@ from fastpix2pix.training.resume import (
     restore,
     training_state,
 )
+from fastpix2pix.wandb_run import WandbRun
 
 SAMPLE_PAIRS = 4
 
@@ -181,6 +182,9 @@ def _train(config: TrainConfig) -> None:
     total = config.total_steps(loader.batches_per_epoch)
     print(start_line(config, loader, root, prepared, total))
 
+    wandb = None
+    if config.use_wandb:
+        wandb = WandbRun(folder, config.wandb_project_name, config.name, request.to_dict())
     monitor = Monitor(
         folder,
         first_step=at.steps,
@@ -188,6 +192,7 @@ def _train(config: TrainConfig) -> None:
         batch_size=config.batch_size,
         gan_mode=config.gan_mode,
         samples=samples,
+        wandb=wandb,
     )
     first = tried = at.steps  # tried: the newest step that was saved, or could not be
 

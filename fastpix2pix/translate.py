@@ -76,7 +76,7 @@ def translate(config: TranslateConfig) -> None:
     kind = guess_kind(sources) if config.kind == "auto" else config.kind
     half = "left" if translator.direction == "AtoB" else "right"
     print(f"{len(sources)} {f'pairs, translating the {half} half' if kind == 'pair' else 'images'}")
-    print(f"each is normalised by {_statistics(translator)}{'' if config.eval else '; or choose --eval'}")
+    print(f"each is normalised by {statistics_of(translator)}{'' if config.eval else '; or choose --eval'}")
     side = translator.size
     if not config.resize and any(_image_size(source, kind) != (side, side) for source in sources):
         print(f"images keep their size; the training's was {side}x{side}, to which --resize brings them")
@@ -86,7 +86,8 @@ def translate(config: TranslateConfig) -> None:
     print(f"open {config.output / 'index.html'}")
 
 
-def _statistics(translator: Translator) -> str:
+def statistics_of(translator: Translator) -> str:
+    """How images are normalised, in words."""
     if translator.evaluation:
         return "the running statistics of the training, without dropout"
     if not translator.generator.dropout:
@@ -199,7 +200,7 @@ def translate_files(
                 _write_metrics(staging / "metrics.csv", entries)
             title = f"{translator.source}: {len(entries)} images"
             write_gallery(
-                staging, entries, title=title, note=f"Each is normalised by {_statistics(translator)}."
+                staging, entries, title=title, note=f"Each is normalised by {statistics_of(translator)}."
             )
             _publish(staging, output)
     except OSError as error:

@@ -220,6 +220,14 @@ def test_what_may_change_is_listed_and_saved(run, capsys):
     assert "--steps 3 -> 4" in out and out.count("changed since") == 1
 
 
+def test_a_switch_that_is_on_may_be_typed_again_and_turned_off(run):
+    folder = run("--no_dropout", "--no_flip")
+    run.go_on("--no_dropout", "--no-flip", "--steps", "3")
+    assert request(folder)["no_dropout"] and request(folder)["no_flip"] and newest(folder)["step"] == 3
+    run.go_on("--no_no_dropout", "--steps", "4")
+    assert not request(folder)["no_dropout"] and request(folder)["no_flip"]
+
+
 def test_a_length_in_epochs_takes_the_place_of_one_in_steps(run):
     folder = run()
     run.go_on("--n_epochs", "2")

@@ -17,6 +17,7 @@ import fastpix2pix
 from fastpix2pix import checkpoint, cli
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.doctor import DoctorConfig
+from fastpix2pix.evaluate import EvaluateConfig
 from fastpix2pix.export import ExportConfig
 from fastpix2pix.report import ReportConfig
 from fastpix2pix.training.resume import Position, training_state
@@ -69,6 +70,7 @@ def test_links_between_pages(page):
 CONFIGURATIONS = {
     "train": TrainConfig,
     "translate": TranslateConfig,
+    "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "report": ReportConfig,
     "doctor": DoctorConfig,

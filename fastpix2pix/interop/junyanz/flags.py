@@ -282,7 +282,10 @@ def _read(argv: Sequence[str], table: Mapping[str, Meaning]) -> tuple[Words, dic
             continue
         if name not in SWITCHES and not equals:
             if not rest or rest[0].startswith("--"):
-                raise UserError(f"--{name}: give a value after it")
+                if not isinstance(meaning := table[name], Flag):
+                    raise UserError(f"--{name}: give a value after it")
+                words.append(f"--{meaning.name}")  # whose parser says what is missing
+                continue
             value = rest.pop(0)
         said = f"--{name} {value}".rstrip()
         match table[name]:
