@@ -174,12 +174,13 @@ def _train(config: TrainConfig) -> None:
     folder = config.run_folder
     run_folder.write_request(request)
 
+    total = config.total_steps(loader.batches_per_epoch)
+
     def environment_block() -> dict:
-        data = {"loader": loader.kind, "direction": config.resolved_direction()}
+        data = {"loader": loader.kind, "direction": config.resolved_direction(), "steps": total}
         return environment.describe(device, prepared.resolved() | data)
 
     run_folder.write_environment(environment_block(), folder)
-    total = config.total_steps(loader.batches_per_epoch)
     print(start_line(config, loader, root, prepared, total))
 
     wandb = None

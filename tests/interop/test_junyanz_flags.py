@@ -185,6 +185,16 @@ def test_their_published_weights_are_translated_by_their_command(tmp_path, monke
     assert np.abs((expected.numpy() + 1) * 127.5 - made).max() <= 1
 
 
+def test_going_on_with_weights_of_theirs_says_how_to_begin_with_them(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "latest_net_G.pth").touch()
+    with pytest.raises(SystemExit):
+        train.main(
+            ["--checkpoints_dir", str(tmp_path), "--name", "a", "--model", "pix2pix", "--continue_train"]
+        )
+    assert f"by --init_from {tmp_path / 'a' / 'latest_net_G.pth'} and another" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------ what their flags do here
 
 
