@@ -179,7 +179,7 @@ JPEG = {"format": "JPEG", "quality": 88, "subsampling": 0}  # colours at full re
 
 
 def _samples(run_folder: Path) -> str:
-    """The grids that the monitor drew, in the page itself, which can be sent; oldest first, newest in view."""
+    """The grids that the monitor drew, in the page itself, which can be sent; the newest in view."""
     paths = sorted((run_folder / "samples").glob("step_*.png"))
     figures = [
         figure

@@ -136,7 +136,7 @@ def read_request(folder: Path) -> TrainConfig:
         newest = checkpoint.latest(folder)
         if newest is None and (theirs := folder / "latest_net_G.pth").is_file():
             raise UserError(
-                f"{folder}: holds weights and no run; begin one with them by --init_from {theirs} and another "
+                f"{folder}: holds weights and no run; begin one by --init_from {theirs} and another "
                 "--name, without --continue_train"
             ) from error
         if newest is None:
