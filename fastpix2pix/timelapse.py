@@ -136,8 +136,9 @@ def strip(moments: dict[int, Sequence[Row]], size: int) -> Image.Image:
 
 def with_one_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
     """Frames of 256 colours that they share, so that what stands still costs a GIF nothing."""
-    seen = Image.new("RGB", (frames[0].width, 3 * frames[0].height))
-    for i, one in enumerate((frames[0], frames[len(frames) // 2], frames[-1])):
+    chosen = frames[:: max(1, len(frames) // 8)]
+    seen = Image.new("RGB", (frames[0].width, len(chosen) * frames[0].height))
+    for i, one in enumerate(chosen):
         seen.paste(one, (0, i * one.height))
     palette = seen.quantize(256)
     return [one.quantize(palette=palette, dither=Image.Dither.NONE) for one in frames]
