@@ -113,7 +113,7 @@ IMPORTS = {
 }
 
 LAYERS = [
-    "errors presets pixels cores device environment host_memory history metrics page",
+    "errors presets pixels tiling cores device environment host_memory history metrics page",
     "kernels",
     "models losses acceleration",
     "training data config checkpoint monitor report gallery cli interop translator",
