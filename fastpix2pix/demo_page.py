@@ -90,6 +90,7 @@ button:hover:enabled { border-color: var(--accent); }
 button:disabled { color: var(--faint); opacity: .6; cursor: default; }
 .pictures { display: grid; gap: .9rem; }
 .pictures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); }
+.pictures { max-width: calc(2 * max(16rem, 100vh - 18rem)); }  /* as high as the window leaves room */
 figure { margin: 0; }
 canvas { display: block; width: 100%; aspect-ratio: 1; border-radius: 8px; image-rendering: pixelated; }
 #drawing { touch-action: none; cursor: crosshair; }
@@ -99,7 +100,7 @@ figcaption { color: var(--faint); padding-top: .35rem; min-height: 1.8rem; }
 @media (max-width: 40rem) {  /* a phone: both pictures in view, tools within reach of the thumb */
   header { padding-top: .6rem; }
   main { display: flex; flex-direction: column; padding-top: .6rem; }
-  .pictures { order: -1; gap: .4rem; margin-bottom: .6rem; }
+  .pictures { order: -1; gap: .4rem; margin-bottom: .6rem; max-width: none; }
   figure:first-child figcaption { display: none; }
 }
 """

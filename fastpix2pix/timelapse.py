@@ -58,7 +58,10 @@ def timelapse(config: TimelapseConfig) -> str:
         )
     pairs = {step: read_grid(path)[: config.rows] for step, path in _chosen(grids, config).items()}
     if config.strip is None or 0 in config.strip:
-        pairs = {0: untrained(config.run, next(iter(pairs.values()))), **pairs}
+        beginning = untrained(config.run, next(iter(pairs.values())))
+        if beginning is None and config.strip:
+            raise UserError("--strip 0: the run began with trained weights (--init_from); leave out step 0")
+        pairs = {0: beginning, **pairs} if beginning else pairs
     if config.strip:
         picture = strip({step: pairs[step] for step in config.strip}, config.size)
         save = {"quality": 92} if config.output.suffix.lower() in (".jpg", ".jpeg") else {}
@@ -67,11 +70,10 @@ def timelapse(config: TimelapseConfig) -> str:
     frames = [frame(step, rows, config.size) for step, rows in pairs.items()]
     if config.output.suffix.lower() == ".gif":
         frames = with_one_palette(frames)
-    each = round(1000 * config.seconds / len(frames) / 10) * 10  # GIF counts in hundredths of a second
-    _write(config.output, frames, {"format": FILMS[config.output.suffix.lower()], "duration": max(20, each)})
-    return (
-        f"{config.output}: {len(frames)} frames, steps 0 to {max(pairs)}, {len(frames) * each / 1000:.3g} s"
-    )
+    each = max(20, round(100 * config.seconds / len(frames)) * 10)  # ms; GIF counts in hundredths of a second
+    _write(config.output, frames, {"format": FILMS[config.output.suffix.lower()], "duration": each})
+    length = len(frames) * each / 1000
+    return f"{config.output}: {len(frames)} frames, steps {min(pairs)} to {max(pairs)}, {length:.3g} s"
 
 
 def _chosen(grids: dict[int, Path], config: TimelapseConfig) -> dict[int, Path]:
@@ -92,10 +94,13 @@ def _chosen(grids: dict[int, Path], config: TimelapseConfig) -> dict[int, Path]:
     return {int(step): grids[int(step)] for step in steps}
 
 
-def untrained(run: Path, rows: Sequence[Row]) -> list[Row]:
-    """``rows`` as the run's network made them before its first step."""
+def untrained(run: Path, rows: Sequence[Row]) -> list[Row] | None:
+    """``rows`` as the run's network made them before its first step; None if it began with other weights."""
     try:
-        config = TrainConfig.from_dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
+        request = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        if request.get("init_from"):
+            return None
+        config = TrainConfig.from_dict(request)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{run} has no readable config.json; give the folder of a run") from error
     generator = build_generator(config.network_options())

@@ -1,5 +1,7 @@
 """The film of a run's samples: its frames are the samples' pixels, its first one the untrained network's."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +89,16 @@ def test_strip_has_the_steps_side_by_side(run, tmp_path):
     assert np.abs(first - (untrained() + 1) * 127.5).max() <= 0.51
     assert np.array_equal(late, grid(30)[:, 2 * SIDE :]) and np.array_equal(early, grid(10)[:, 2 * SIDE :])
     assert np.array_equal(target, grid(10)[:, SIDE : 2 * SIDE])
+
+
+def test_run_that_began_with_trained_weights_has_no_step_0(run, tmp_path, capsys):
+    request = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(request | {"init_from": "other_run"}))
+    frames = films(run, "--output", str(tmp_path / "film.png"), "--size", str(SIDE))
+    assert len(frames) == 3 and "3 frames, steps 10 to 30" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        timelapse.main(["--run", str(run), "--output", str(tmp_path / "s.png"), "--strip", "0", "10"])
+    assert "--strip 0: the run began with trained weights" in error_line(capsys.readouterr().err)
 
 
 def test_long_run_is_thinned_more_towards_its_end(run, monkeypatch):
