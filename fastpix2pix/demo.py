@@ -7,6 +7,7 @@ the pixels that one sees are those that the Python interface gives.
 import io
 import ipaddress
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -124,6 +125,11 @@ class DemoServer(ThreadingHTTPServer):
             palette={name: "#{:02x}{:02x}{:02x}".format(*colour) for name, colour in PALETTE.items()},
             examples=len(examples),
         ).encode()
+
+    def handle_error(self, request, client_address) -> None:
+        """No traceback of a browser that has gone away."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     def translate(self, body: bytes) -> bytes:
         """PNG or JPEG file -> PNG file of the translated picture. Raises UserError for anything else."""

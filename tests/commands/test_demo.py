@@ -3,6 +3,8 @@
 import http.client
 import io
 import shutil
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -175,6 +177,24 @@ def test_body_without_bounds_is_refused_unread(server):
     for length, status in (("99999999999", 413), ("-1", 411), ("all", 411)):
         assert ask(server, "POST", "/translate", b"", **{"Content-Length": length})[0] == status
     assert ask(server, "POST", "/elsewhere", b"12345")[0] == 404
+
+
+def test_browser_that_goes_away_leaves_no_traceback(server, capfd, monkeypatch):
+    answered = threading.Event()
+
+    def slow(_image):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()  # with a reset
+        return Image.new("RGB", (2000, 2000))
+
+    monkeypatch.setattr(server, "model", slow)
+    monkeypatch.setattr(slow, "size", SIZE, raising=False)
+    monkeypatch.setattr(server, "shutdown_request", lambda _request: answered.set())
+    client, body = socket.create_connection(("127.0.0.1", server.port)), file(noise(SIZE, SIZE))
+    head = f"POST /translate HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Length: {len(body)}\r\n\r\n"
+    client.sendall(head.encode() + body)
+    assert answered.wait(20)
+    assert capfd.readouterr().err == ""
 
 
 def test_error_of_the_network_is_shown_and_not_the_end(server, monkeypatch):
