@@ -47,6 +47,9 @@ class TranslateConfig:
     resize: bool = False
     """Resize images to the size of the training first, as both references test. Otherwise they keep their
     size, mirrored outwards to one that the network takes."""
+    tile: int | None = None
+    """Translate images larger than so many pixels in tiles of that side, which overlap by a quarter and are
+    blended; each is normalised by its own statistics. For images that do not fit into the memory."""
     eval: bool = False
     """Normalise by the running statistics, without dropout, instead of by each image's own statistics, with
     dropout, as both references test."""
@@ -70,6 +73,7 @@ def translate(config: TranslateConfig) -> None:
         seed=config.seed,
         direction=config.direction,
         no_dropout=config.no_dropout,
+        tile=config.tile,
     )
     if config.num_test is not None and config.num_test < 1:
         raise UserError(f"--num_test {config.num_test}: give a number of at least 1")
@@ -82,6 +86,9 @@ def translate(config: TranslateConfig) -> None:
     side = translator.size
     if not config.resize and any(_image_size(source, kind) != (side, side) for source in sources):
         print(f"images keep their size; the training's was {side}x{side}, to which --resize brings them")
+    if not config.resize and any(translator.tiled(*_image_size(source, kind)) for source in sources):
+        own = "" if config.eval else ", each normalised by its own statistics"
+        print(f"larger images are translated in tiles of {config.tile}x{config.tile}{own}")
     means = translate_files(translator, sources, config.output, kind, resized=config.resize)
     if means:
         print("mean " + ", ".join(f"{name} {value:.4g}" for name, value in means.items()))

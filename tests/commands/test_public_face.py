@@ -113,7 +113,7 @@ IMPORTS = {
 }
 
 LAYERS = [
-    "errors presets pixels cores device environment host_memory history metrics perceptual page",
+    "errors presets pixels tiling cores device environment host_memory history metrics perceptual page",
     "kernels",
     "models losses acceleration",
     "training data config checkpoint monitor loss_table wandb_run report gallery cli interop translator",
