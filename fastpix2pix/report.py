@@ -25,6 +25,8 @@ def write_report(run_folder: Path, history: History | None = None) -> Path:
     cannot be written.
     """
     try:
+        if not (run_folder / "config.json").is_file():  # opening a pipe would wait for ever
+            raise FileNotFoundError
         config = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("holds no object")
@@ -173,6 +175,8 @@ def _samples(run_folder: Path) -> str:
     """The grids that the monitor drew, oldest first, newest in view."""
     figures = []
     for path in sorted((run_folder / "samples").glob("step_*.png")):
+        if not path.is_file():  # opening a pipe would wait for ever
+            continue
         try:
             with Image.open(path) as image:
                 width, height = image.size

@@ -55,28 +55,8 @@ class StopRequests:
                 self._waiting = False
             self._went_on = time.monotonic()
 
-    @contextmanager
-    def limited(self, line: str) -> Iterator[None]:
-        """After a request, the body may take CLOSING seconds; then ``line`` is said and the process ends."""
-        if not self:
-            yield
-            return
-
-        def end() -> None:
-            say(line)
-            end_at_once(self.exit_code)
-
-        timer = threading.Timer(CLOSING, end)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
     def _handle(self, number: int, _frame) -> None:
         self.received.append(number)
-        _expect_dead_children()
         if number == _HANGUP:
             _leave_the_terminal()
         if self._waiting and self._turn.acquire(blocking=False):
@@ -98,6 +78,23 @@ class StopRequests:
             return
         say(f"not finished {limit:.0f} s after the request; stopped at once, with what was saved before")
         end_at_once(128 + number)
+
+
+@contextmanager
+def limited(line: str, code: int) -> Iterator[None]:
+    """The body may take CLOSING seconds; then ``line`` is said and the process ends with exit code ``code``."""
+
+    def end() -> None:
+        say(line)
+        end_at_once(code)
+
+    timer = threading.Timer(CLOSING, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager
@@ -221,28 +218,3 @@ def _leave_signals_to_the_parent() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """The body is not left because a child died: a DataLoader's handler raises wherever the process is.
-
-    Its reader is told all the same, when it next waits for the child.
-    """
-    if not hasattr(signal, "SIGCHLD"):
-        yield
-        return
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, previous)
-        if any(_listening):
-            _expect_dead_children()
-
-
-def _expect_dead_children() -> None:
-    """From a stop request on: a signal to the whole group ends the workers too, which is no error then."""
-    if hasattr(signal, "SIGCHLD"):
-        # A function, as Python complains of a handler that is gone when its signal has arrived already.
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)

@@ -47,6 +47,9 @@ class LoaderOptions:
         }.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: give a number of at least {least}")
+        for name, most in {"num_threads": 1024, "seed": 2**63 - 1}.items():
+            if getattr(self, name) > most:
+                raise UserError(f"--{name} {getattr(self, name)}: give a number of at most {most}")
         if self.load_size < self.crop_size:
             raise UserError(
                 f"--load_size {self.load_size} is smaller than --crop_size {self.crop_size}: a crop does not "

@@ -169,7 +169,9 @@ def _start(dataset: ResizedPairs, count: int) -> list[Worker]:
             # Without the others' ends: the last of them closes when this process is gone, however it went.
             inherited = [ours, *(worker.connection for worker in workers)]
             process = context.Process(
-                target=_work, args=(os.getpid(), dataset, theirs, inherited if sys.platform == "linux" else []), daemon=True
+                target=_work,
+                args=(os.getpid(), dataset, theirs, inherited if sys.platform == "linux" else []),
+                daemon=True,
             )
             process.start()
             theirs.close()

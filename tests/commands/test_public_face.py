@@ -113,7 +113,7 @@ IMPORTS = {
 }
 
 LAYERS = [
-    "errors presets pixels device environment host_memory history metrics page",
+    "errors presets pixels device environment host_memory free_memory signals history metrics page",
     "kernels",
     "models losses acceleration",
     "training data config checkpoint monitor report gallery cli interop translator",

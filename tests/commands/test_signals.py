@@ -126,14 +126,11 @@ CLOSES_FOR_EVER = """
 import os, signal, time
 from fastpix2pix import signals
 signals.CLOSING = 0.2
-with signals.stop_requests(print) as stops:
-    with stops.limited("not yet"):
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)
-    with stops.limited("in time"):
-        pass
-    with stops.limited("stopped at step 7"):
-        time.sleep(1000)
+with signals.limited("in time", 1):
+    pass
+time.sleep(0.5)
+with signals.limited("stopped at step 7", 143):
+    time.sleep(1000)
 """
 
 
