@@ -1,4 +1,4 @@
-"""The exceptions that a user's own mistake may raise, and the want of memory, which looks different everywhere."""
+"""The exceptions that a user's own mistake may raise, and the want of memory in its many forms."""
 
 import re
 from collections.abc import Iterator

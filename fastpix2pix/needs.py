@@ -106,8 +106,8 @@ def _check(parts: list[Part], device: torch.device) -> None:
         return
     largest = max(parts, key=lambda part: part.size)
     line = (
-        f"this training needs about {in_words(needed)} of memory, mostly for {largest.what}, and {whose} leaves "
-        f"{in_words(there)}; lower {largest.flags}"
+        f"this training needs about {in_words(needed)} of memory, mostly for {largest.what}, and {whose} "
+        f"leaves {in_words(there)}; lower {largest.flags}"
     )
     if needed > WITHIN * there:
         raise UserError(line)
@@ -127,6 +127,6 @@ def _check_disk(config: TrainConfig, total_steps: int) -> None:
         return  # saving will say what is wrong
     if needed > there + held:
         raise UserError(
-            f"{existing}: has {in_words(there)} left, and the checkpoints need {in_words(needed)}; free space, "
-            "lower --keep_checkpoints, or choose another --checkpoints_dir"
+            f"{existing}: has {in_words(there)} left, and the checkpoints need {in_words(needed)}; free "
+            "space, lower --keep_checkpoints, or choose another --checkpoints_dir"
         )

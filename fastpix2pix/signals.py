@@ -82,7 +82,7 @@ class StopRequests:
 
 @contextmanager
 def limited(line: str, code: int) -> Iterator[None]:
-    """The body may take CLOSING seconds; then ``line`` is said and the process ends with exit code ``code``."""
+    """The body may take CLOSING seconds; then ``line`` is said and the process ends with ``code``."""
 
     def end() -> None:
         say(line)

@@ -33,8 +33,8 @@ from fastpix2pix.training.resume import (
 
 SAMPLE_PAIRS = 4
 NO_MEMORY = (
-    "go on where there is more, close other programs, or train anew with a lower --batch_size, --crop_size, --ngf "
-    "or --ndf, or with --cache 0"
+    "go on where there is more, close other programs, or train anew with a lower --batch_size, --crop_size, "
+    "--ngf or --ndf, or with --cache 0"
 )
 
 

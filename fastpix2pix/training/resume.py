@@ -48,7 +48,7 @@ class Undo:
         self._updates = self._count()
 
     def take_back(self) -> bool:
-        """Set everything to where it was at ``mark``; False, and nothing done, if a weight has moved since."""
+        """Set everything to where it was at ``mark``; False, and nothing done, if a weight moved since."""
         if self._count() != self._updates:
             return False
         torch._foreach_copy_(self._live, self._kept)

@@ -1,5 +1,5 @@
-"""What a training needs is estimated right, and refused in one line where it is not there; memory that runs out
-later is one line too, with the state saved."""
+"""What a training needs is estimated right, and refused in one line where it is not there; memory that runs
+out later is one line too, with the state saved."""
 
 import json
 import math
@@ -247,7 +247,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(run, tmp_path, monke
     assert run("--steps", 4, "--continue_train")[0] == 0
 
 
-# ----------------------------------------------------------------------------------------- memory that runs out
+# --------------------------------------------------------------------------------------- memory that runs out
 
 NO_MEMORY = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
