@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from fastpix2pix import checkpoint, cli, environment, needs, run_folder
-from fastpix2pix.config import TrainConfig, check_changes, check_name
+from fastpix2pix.config import QUICK, TrainConfig, check_changes, check_name
+from fastpix2pix.cores import CoreShare, loader_threads, use_threads
 from fastpix2pix.data import Loader, find_pairs, load_pair, open_loader
 from fastpix2pix.data.check import refuse_other_layouts
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
 from fastpix2pix.device import choose_device, why_no_gpu
 from fastpix2pix.errors import NotFinite, UserError, out_of_memory_is_one_line
 from fastpix2pix.models import build_networks
-from fastpix2pix.monitor import Monitor
+from fastpix2pix.monitor import FIRST_LOSSES, Monitor
 from fastpix2pix.signals import end_at_once, limited, say, stop_requests
 from fastpix2pix.training.precision import WORKING_TYPES, choose_precision
 from fastpix2pix.training.prepare import PreparedStep, prepare_step
@@ -110,8 +111,8 @@ def start_line(config: TrainConfig, loader: Loader, root: Path, prepared: Prepar
     else:
         how.append(f"{torch.get_num_threads()} threads")
     return (
-        f"{len(loader)} pairs from {root} ({loader.kind} loader, {config.num_threads} threads; {direction}: "
-        f"the {half} half is the input), {total} steps on {prepared.device} "
+        f"{len(loader)} pairs from {root} ({loader.kind} loader, {loader.options.num_threads} threads; "
+        f"{direction}: the {half} half is the input), {total} steps on {prepared.device} "
         f"({environment.device_name(prepared.device)}; {', '.join(how)}), run in {config.run_folder}"
     )
 
@@ -127,10 +128,14 @@ def _train(config: TrainConfig) -> None:
     device = choose_device(config.device)
     if config.device == "auto" and (reason := why_no_gpu()):
         print(f"training on the CPU: {reason}")
+    use_threads(config.threads)
     precision = choose_precision(config.precision, device)
     needs.check_memory(config, device, precision)
     root = data_folder(config)
-    loader = open_loader(root, config.loader_options(), device=device, dtype=WORKING_TYPES[precision])
+    options = config.loader_options()
+    if device.type == "cpu" and config.num_threads is None:
+        options = dataclasses.replace(options, num_threads=loader_threads(options.num_threads))
+    loader = open_loader(root, options, device=device, dtype=WORKING_TYPES[precision])
     total = config.total_steps(loader.batches_per_epoch)
     needs.check_data(config, loader, precision, total)
     samples = sample_pairs(root, config, device, WORKING_TYPES[precision])
@@ -195,6 +200,7 @@ def _train(config: TrainConfig) -> None:
 
     stream = loader.stream(at.epoch, at.sample)
     undo = Undo(step) if prepared.run is step else None  # a graph allocates nothing when it is replayed
+    share = CoreShare(torch.get_num_threads())
     failure = ""
     within_step = False  # then the state in memory is neither the old nor the new one
     with stop_requests(stop_waiting) as stops:
@@ -215,6 +221,8 @@ def _train(config: TrainConfig) -> None:
                 monitor.stepped()
                 if monitor.losses_due(at.steps, config.print_freq):
                     monitor.read_losses(at.steps, lr, step)
+                    if device.type == "cpu" and at.steps - first == FIRST_LOSSES and (line := share.advice()):
+                        say(line)
                 if monitor.samples_due(at.steps, config.display_freq):
                     monitor.show_samples(at.steps, lr, step)
                 if at.steps % config.save_latest_freq == 0:
@@ -255,11 +263,12 @@ def save_in_spite_of(save: Callable[[], None], steps: int) -> None:
         say(f"step {steps} is saved; --continue_train goes on from it")
 
 
-def saved_request(argv: Sequence[str]) -> TrainConfig | None:
-    """What the run to continue was asked for, over which flags are laid before anything is checked; None for
-    a new run. A flag that sets the length takes the place of the length that was saved."""
+def defaults(argv: Sequence[str]) -> TrainConfig | None:
+    """What flags are laid over before anything is checked: what the run to continue was asked for, or what
+    --quick stands for; None for neither. A flag that sets the length takes the place of theirs."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--continue_train", "--continue-train", action="store_true")
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--name", default=TrainConfig.name)
     parser.add_argument(
         "--checkpoints_dir", "--checkpoints-dir", type=Path, default=TrainConfig.checkpoints_dir
@@ -268,10 +277,13 @@ def saved_request(argv: Sequence[str]) -> TrainConfig | None:
         flags, others = parser.parse_known_args(argv)
     except argparse.ArgumentError:
         return None  # the real parser says what is wrong
-    if not flags.continue_train:
+    if flags.continue_train:
+        check_name(flags.name)
+        saved = run_folder.read_request(flags.checkpoints_dir / flags.name)
+    elif flags.quick:
+        saved = TrainConfig(**QUICK)
+    else:
         return None
-    check_name(flags.name)
-    saved = run_folder.read_request(flags.checkpoints_dir / flags.name)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in others if word.startswith("--")}
     if "steps" in given:
         saved = dataclasses.replace(saved, n_epochs=None, n_epochs_decay=None)
@@ -282,7 +294,7 @@ def saved_request(argv: Sequence[str]) -> TrainConfig | None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse and train. A continued run takes what no flag says from its own ``config.json``."""
-    cli.run(TrainConfig, train, argv, default=saved_request)
+    cli.run(TrainConfig, train, argv, default=defaults)
 
 
 if __name__ == "__main__":

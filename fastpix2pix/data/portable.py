@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastpix2pix.cores import usable_cores
 from fastpix2pix.data.pairs import Pair
 from fastpix2pix.data.resize import Interpolation, resize
 from fastpix2pix.errors import UserError
@@ -71,7 +72,7 @@ def resized_chunks(
     """
     dataset = ResizedPairs(pairs, load_size, interpolation)
     try:
-        workers = _start(dataset, min(num_threads, _cores()))
+        workers = _start(dataset, min(num_threads, usable_cores()))
     except OSError as error:
         log.warning(f"no process to decode images can be started ({error}): this one decodes them")
         decoded = _decoded_here(dataset, requests, device)
@@ -220,7 +221,3 @@ def _work(parent: int, dataset: ResizedPairs, connection: Connection, inherited:
             connection.send(error)
             if error is None:
                 connection.send_bytes(chunk.numpy().reshape(-1))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
