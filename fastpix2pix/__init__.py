@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 # As a command (python -m fastpix2pix.train): no signal during the imports, or later, makes a traceback.
 if sys.argv[:1] == ["-m"]:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from fastpix2pix.signals import end_with_a_line
 
     end_with_a_line()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if TYPE_CHECKING:
     from fastpix2pix.acceleration import accelerate
