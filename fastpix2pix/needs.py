@@ -13,6 +13,7 @@ from fastpix2pix.free_memory import free_memory, in_words
 from fastpix2pix.models import build_networks
 from fastpix2pix.models.options import NetworkOptions
 from fastpix2pix.training.losses import Losses
+from fastpix2pix.training.options import Precision
 from fastpix2pix.training.precision import WORKING_TYPES
 
 WITHIN = 1.3
@@ -58,7 +59,7 @@ def checkpoint_size(options: NetworkOptions) -> int:
     return 3 * 4 * parameters(options)
 
 
-def memory_parts(config: TrainConfig, device: torch.device, precision: str) -> list[Part]:
+def memory_parts(config: TrainConfig, device: torch.device, precision: Precision) -> list[Part]:
     """What the device's memory has to hold, on a CPU with the process itself; without the cache."""
     count = parameters(config.network_options())
     per_generator, per_discriminator, besides = KEPT[device.type]
@@ -80,13 +81,13 @@ def memory_parts(config: TrainConfig, device: torch.device, precision: str) -> l
     return parts
 
 
-def check_memory(config: TrainConfig, device: torch.device, precision: str) -> None:
+def check_memory(config: TrainConfig, device: torch.device, precision: Precision) -> None:
     """Raise UserError when a training surely does not fit into the memory of ``device``, and say so when it
     may not. Allocates nothing."""
     _check(memory_parts(config, device, precision), device)
 
 
-def check_data(config: TrainConfig, loader: Loader, precision: str, total_steps: int) -> None:
+def check_data(config: TrainConfig, loader: Loader, precision: Precision, total_steps: int) -> None:
     """As ``check_memory``, with the cache of decoded pairs; and raise UserError for a batch that is larger
     than the data set, and where the disk does not hold the checkpoints."""
     if config.batch_size > len(loader):

@@ -422,6 +422,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     for what, tries, hits, lost, hangs, tracebacks, by_setup in rows:
         print(f"{what:12}{tries:10}{hits:7}{lost:7}{hangs:7}{tracebacks:12}  {by_setup}")
+    gc.unfreeze()
+    subprocess.run(["umount", "--lazy", str(place / "disk")], capture_output=True)
     bad = any(lost or hangs or tracebacks for _, _, _, lost, hangs, tracebacks, _ in rows)
     if bad:
         print(f"what they left is in {place}")
