@@ -17,7 +17,7 @@ from fastpix2pix import cli
 from fastpix2pix.cores import use_threads
 from fastpix2pix.data.options import Direction
 from fastpix2pix.data.pairs import EXTENSIONS, FORMATS, UNREADABLE, natural_order, read_rgb
-from fastpix2pix.errors import UserError
+from fastpix2pix.errors import UserError, out_of_memory_is_one_line
 from fastpix2pix.gallery import Entry, write_gallery
 from fastpix2pix.interop.junyanz.flags import test_words
 from fastpix2pix.metrics import image_metrics
@@ -66,6 +66,11 @@ class TranslateConfig:
 def translate(config: TranslateConfig) -> None:
     """Translate what ``config`` names and say where it is. Raises UserError for what the user can mend."""
     use_threads(None)
+    with out_of_memory_is_one_line("close other programs, or translate it in tiles, or with --resize"):
+        _translate(config)
+
+
+def _translate(config: TranslateConfig) -> None:
     translator = load(
         config.run,
         device=config.device,

@@ -1,7 +1,5 @@
 """A trained generator as a function from image to image, whoever trained it."""
 
-import math
-import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +14,7 @@ from fastpix2pix.data.options import Direction
 from fastpix2pix.data.resize import resize
 from fastpix2pix.device import choose_device
 from fastpix2pix.errors import UserError
+from fastpix2pix.free_memory import free_memory, in_words
 from fastpix2pix.interop import keras
 from fastpix2pix.interop.junyanz import weights as junyanz
 from fastpix2pix.models import UNetGenerator, build_generator
@@ -139,21 +138,12 @@ class Translator:
         if self.tile is not None:
             height, width = min(height, self.tile), min(width, self.tile)
         needed = BYTES_PER_PIXEL_AND_WIDTH * self.generator.ngf * height * width
-        there = _memory(self.device)
+        there, whose = free_memory(self.device)
         if needed > there:
             raise UserError(
-                f"image of {width}x{height} needs about {needed / 2**30:.0f} GiB in this network, there are "
-                f"{there / 2**30:.0f}; translate it in tiles (--tile), or resized (--resize)"
+                f"image of {width}x{height} needs about {in_words(needed)} in this network, {whose} leaves "
+                f"{in_words(there)}; translate it in tiles (--tile), or resized (--resize)"
             )
-
-
-def _memory(device: torch.device) -> float:
-    """Bytes of memory that ``device`` has; infinite where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):
-        return math.inf
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def mirror_padding(length: int, multiple: int) -> tuple[Tensor, slice]:

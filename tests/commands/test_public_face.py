@@ -113,7 +113,8 @@ IMPORTS = {
 }
 
 LAYERS = [
-    "errors presets pixels tiling cores device environment host_memory history metrics perceptual page",
+    "errors presets pixels tiling cores device environment host_memory free_memory signals history metrics"
+    " perceptual page",
     "kernels",
     "models losses acceleration",
     "training data config checkpoint monitor loss_table wandb_run report gallery cli interop translator",
