@@ -444,10 +444,14 @@ def backward(
     *,
     needs_x: bool,
     needs_weight: bool,
+    before: "Passage | None" = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and weight, in this order; None for one that is not needed or that was taken."""
+    """Gradients of x and weight, in this order; None for one that is not needed or that was taken.
+
+    before: where x's gradient may be left in part.
+    """
     small, big = (state.x, dy) if state.transposed else (dy, state.x)
-    dx = _input_gradient(dy, small.shape, big.shape[1], state) if needs_x else None
+    dx = _input_gradient(dy, small.shape, big.shape[1], state, before) if needs_x else None
     if not needs_weight or (take_gradient is not None and take_gradient(small, big)):
         return dx, None
     problem = problem_of("weight", small.shape, big.shape[1], dy.dtype)
@@ -456,11 +460,15 @@ def backward(
     return dx, _library_backward(dy, state, needs_x=False)
 
 
-def _input_gradient(dy: Tensor, small: torch.Size, big_channels: int, state: DeepContext) -> Tensor:
+def _input_gradient(
+    dy: Tensor, small: torch.Size, big_channels: int, state: DeepContext, before: "Passage | None"
+) -> Tensor:
     problem = problem_of("small" if state.transposed else "big", small, big_channels, dy.dtype)
     # Where the library went forward on the CPU, it kept the weight in another form.
     if state.kept.tiling is None and solved_here(problem, dy):
-        return solve(problem, dy, state.kept.weight)
+        if before is None or torch.is_anomaly_enabled():  # which looks for NaN in every gradient
+            return solve(problem, dy, state.kept.weight)
+        return before.leave(_multiply(problem, dy, state.kept.weight, summed_by_next=True))
     return _library_backward(dy, state, needs_x=True)
 
 
@@ -479,6 +487,32 @@ def _save(ctx, state: DeepContext, *others: Tensor | None) -> None:
 def _saved(ctx) -> tuple[DeepContext, tuple[Tensor | None, ...]]:
     x, kept_x, kept_weight, *others = ctx.saved_tensors
     return DeepContext(ctx.transposed, x, ConvContext(*ctx.kept, kept_x, kept_weight)), tuple(others)
+
+
+class Passage:
+    """Where a deep layer leaves its input's gradient as partial sums, for the layer before, whose backward
+    pass adds them up where it needs the values: a launch less.
+
+    Only for an output that nothing but the next deep layer reads. To autograd the gradient is an image whose
+    memory nobody has written.
+    """
+
+    def __init__(self) -> None:
+        self._left: Sums | None = None
+
+    def leave(self, sums: Sums) -> Tensor:
+        """The image to return to autograd."""
+        self._left = None if sums.partials is None else sums
+        return sums.image
+
+    def partials_of(self, dy: Tensor | None) -> Tensor | None:
+        """What was left for ``dy``, once; None where it is complete. RuntimeError if it is another tensor."""
+        left, self._left = self._left, None
+        if left is None:
+            return None
+        if dy is None or dy.untyped_storage()._cdata != left.image.untyped_storage()._cdata:
+            raise RuntimeError("the output between two deep layers has another reader than the second layer")
+        return left.partials
 
 
 def _out_pixels(x: Tensor, transposed: bool) -> int:
@@ -504,14 +538,27 @@ class _DeepConv(torch.autograd.Function):
 
 class _DeepConvNormAct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, conv_weight, weight, bias, running, rng, config, slots, transposed, take_gradient):
+    def forward(
+        ctx,
+        x,
+        conv_weight,
+        weight,
+        bias,
+        running,
+        rng,
+        config,
+        slots,
+        transposed,
+        take_gradient,
+        passages,
+    ):
         whole = config.norm and config.training and _out_pixels(x, transposed) <= FEW_PIXELS
         (pre, partials), state = forward(x, conv_weight, transposed=transposed, summed_by_next=whole)
         y, skip, mean, rstd = norm_act_forward(
             pre, weight, bias, *running, rng, config, *slots, partials=partials
         )
         _save(ctx, state, pre, weight, bias, mean, rstd)
-        ctx.rng, ctx.config, ctx.take_gradient = rng, config, take_gradient
+        ctx.rng, ctx.config, ctx.take_gradient, ctx.passages = rng, config, take_gradient, passages
         ctx.set_materialize_grads(False)
         # Detached: a result in memory handed in as a view must not join that view's autograd history.
         return (y.detach(), skip.detach()) if skip is not None else y.detach()
@@ -520,10 +567,17 @@ class _DeepConvNormAct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dskip=None):
         needs_x, needs_weight, *needs_affine = ctx.needs_input_grad[:4]
-        state, saved = _saved(ctx)
-        dpre, dweight, dbias = norm_act_backward(dy, dskip, *saved, ctx.rng, ctx.config, any(needs_affine))
-        gradients = backward(dpre, state, ctx.take_gradient, needs_x=needs_x, needs_weight=needs_weight)
-        return *gradients, dweight, dbias, None, None, None, None, None, None
+        (before, after), (state, saved) = ctx.passages, _saved(ctx)
+        dy_partials = None if after is None else after.partials_of(dy)
+        if dy_partials is not None:
+            dy = None
+        dpre, dweight, dbias = norm_act_backward(
+            dy, dskip, *saved, ctx.rng, ctx.config, any(needs_affine), dy_partials=dy_partials
+        )
+        gradients = backward(
+            dpre, state, ctx.take_gradient, needs_x=needs_x, needs_weight=needs_weight, before=before
+        )
+        return *gradients, dweight, dbias, *[None] * 7
 
 
 def conv2d(x: Tensor, weight: Tensor, take_gradient: TakeGradient | None = None) -> Tensor:
@@ -557,10 +611,13 @@ def conv_norm_act(
     out: Tensor | None = None,
     skip_out: Tensor | None = None,
     take_gradient: TakeGradient | None = None,
+    before: Passage | None = None,
+    after: Passage | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``norm_act`` of ``conv2d``, or with ``transposed`` of ``conv_transpose2d``, as one differentiable op.
 
-    weight, bias and what follows: as for ``norm_act``.
+    weight, bias and what follows: as for ``norm_act``. before, after: the passages from the deep layer that x
+    comes from, and to the one that y goes to, where nothing else reads it.
     """
     return _DeepConvNormAct.apply(
         x,
@@ -573,4 +630,5 @@ def conv_norm_act(
         (out, skip_out),
         transposed,
         take_gradient,
+        (before, after),
     )

@@ -276,6 +276,47 @@ def test_a_deep_layer_on_kernels_is_that_on_the_reference(triton_device, monkeyp
         torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.05 * theirs.abs().max().item())
 
 
+def two_layers(device: str, *, passage: deep_conv.Passage | None, also_read: bool = False):
+    """Gradients of all that two deep layers in turn read, down and up again."""
+    weights = [random(24, 32, 4, 4, dtype=torch.float16, seed=i).div_(8).to(device) for i in (1, 2)]
+    x = random(1, 32, 4, 4, dtype=torch.float16, seed=3).to(device)
+    affine = [t.to(device) for t in (torch.ones(24), torch.zeros(24), torch.ones(32), torch.zeros(32))]
+    inputs = [t.requires_grad_() for t in (x, *weights, *affine)]
+    x, first, second, *affine = inputs
+    config = NormActConfig(slope=0.2)
+    between = deep_conv.conv_norm_act(x, first, *affine[:2], transposed=False, config=config, after=passage)
+    y = deep_conv.conv_norm_act(between, second, *affine[2:], transposed=True, config=config, before=passage)
+    loss = y.float().square().sum() + (between.float().sum() if also_read else 0.0)
+    loss.backward()
+    return [t.grad for t in inputs]
+
+
+@needs_interpreter
+def test_between_deep_layers_a_gradient_passes_as_partial_sums(triton_device, monkeypatch):
+    monkeypatch.setattr(deep_conv, "choose_splits", lambda *_, **__: 3)
+    monkeypatch.setattr(deep_conv, "chosen", Always())
+    results, adds = [], []
+    for passage in (deep_conv.Passage(), None):
+        launches = []
+        with launch.observed(launches.append):
+            results.append(two_layers(triton_device, passage=passage))
+        adds.append(sum(this.name == "deep_conv_add" for this in launches))
+    assert adds == [1, 2]
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item())
+
+
+@needs_interpreter
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_a_second_reader_of_what_lies_between_deep_layers_is_an_error(triton_device, monkeypatch):
+    monkeypatch.setattr(deep_conv, "choose_splits", lambda *_, **__: 3)
+    monkeypatch.setattr(deep_conv, "chosen", Always())
+    with pytest.raises(RuntimeError, match="another reader than the second layer"):
+        two_layers(triton_device, passage=deep_conv.Passage(), also_read=True)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        two_layers(triton_device, passage=deep_conv.Passage(), also_read=True)
+
+
 class Always(dict):
     """Every problem is ours."""
 
