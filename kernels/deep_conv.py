@@ -23,9 +23,9 @@ from fastpix2pix.kernels import reference
 from fastpix2pix.kernels.cpu_conv import (
     TRANSPOSED_STRIDE,
     ConvContext,
-    conv2d_backward,
+    ConvGradients,
     conv2d_forward,
-    conv_transpose2d_backward,
+    conv_gradients,
     conv_transpose2d_forward,
 )
 from fastpix2pix.kernels.deep_conv_kernels import (
@@ -451,32 +451,29 @@ def backward(
     before: where x's gradient may be left in part.
     """
     small, big = (state.x, dy) if state.transposed else (dy, state.x)
-    dx = _input_gradient(dy, small.shape, big.shape[1], state, before) if needs_x else None
+    problem = problem_of("small" if state.transposed else "big", small.shape, big.shape[1], dy.dtype)
+    # Where the library went forward on the CPU, it kept the weight in another form.
+    ours = state.kept.tiling is None and solved_here(problem, dy)
+    library: ConvGradients | None = None
+    dx = None
+    if needs_x and ours:
+        dx = _input_gradient(problem, dy, state.kept.weight, before)
+    elif needs_x:
+        library = conv_gradients(dy, state.kept, transposed=state.transposed)
+        dx = library.x()
     if not needs_weight or (take_gradient is not None and take_gradient(small, big)):
         return dx, None
-    problem = problem_of("weight", small.shape, big.shape[1], dy.dtype)
+    problem = problem._replace(product="weight")
     if solved_here(problem, dy):
         return dx, solve(problem, small, big)
-    return dx, _library_backward(dy, state, needs_x=False)
+    library = library or conv_gradients(dy, state.kept, transposed=state.transposed)
+    return dx, library.weight()
 
 
-def _input_gradient(
-    dy: Tensor, small: torch.Size, big_channels: int, state: DeepContext, before: "Passage | None"
-) -> Tensor:
-    problem = problem_of("small" if state.transposed else "big", small, big_channels, dy.dtype)
-    # Where the library went forward on the CPU, it kept the weight in another form.
-    if state.kept.tiling is None and solved_here(problem, dy):
-        if before is None or torch.is_anomaly_enabled():  # which looks for NaN in every gradient
-            return solve(problem, dy, state.kept.weight)
-        return before.leave(_multiply(problem, dy, state.kept.weight, summed_by_next=True))
-    return _library_backward(dy, state, needs_x=True)
-
-
-def _library_backward(dy: Tensor, state: DeepContext, *, needs_x: bool) -> Tensor:
-    """The gradient of x, or that of the weight."""
-    differentiate = conv_transpose2d_backward if state.transposed else conv2d_backward
-    dx, dweight, *_ = differentiate(dy, state.kept, needs_x=needs_x, needs_weight=not needs_x)
-    return dx if needs_x else dweight
+def _input_gradient(problem: Problem, dy: Tensor, weight: Tensor, before: "Passage | None") -> Tensor:
+    if before is None or torch.is_anomaly_enabled():  # which looks for NaN in every gradient
+        return solve(problem, dy, weight)
+    return before.leave(_multiply(problem, dy, weight, summed_by_next=True))
 
 
 def _save(ctx, state: DeepContext, *others: Tensor | None) -> None:
