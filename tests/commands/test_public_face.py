@@ -143,7 +143,7 @@ def test_parts_that_know_nothing_of_the_networks(closed):
     """``kernels`` stands alone; ``data`` knows no model and no training."""
     allowed = {
         "kernels": {"kernels"},
-        "data": {"data", "cli", "cores", "device", "errors", "pixels", "presets"},
+        "data": {"data", "cli", "cores", "device", "errors", "pixels", "presets", "signals"},
     }[closed]
     for name, others in IMPORTS.items():
         if name.startswith(f"fastpix2pix.{closed}"):
