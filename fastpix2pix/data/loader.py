@@ -218,7 +218,7 @@ def open_loader(
     Batches are of ``dtype``, in the memory of ``device``. Raises ``UserError`` for a data set or a loader
     that cannot be used.
     """
-    pairs = find_pairs(root, split)
+    pairs = find_pairs(root, split)[: options.max_dataset_size]
     loader = Loader(pairs, options, _choose(options.loader), torch.device(device), dtype)
     log.info(f"{len(pairs)} pairs of {root}, {split}, decoded by the {loader.kind} loader")
     if options.cache_bytes and not loader.cached:
