@@ -8,8 +8,17 @@ step that is not captured takes at least as long as the host does. Nothing here 
 a GPU: then its own copy bandwidth and matrix product rate are measured first, and every variant's step is
 set against its floor by these.
 
-What the model leaves out makes true steps slower (no kernel reaches the published figures) or faster (what
-an operator wrote may still be in the L2 cache when the next one reads it).
+Beside this floor stands a second model, with latency. Each launch then takes ``NODE_US``, and after that, if
+it is longer than for bytes and arithmetic, as long as its programs wait: ``TRIP_US`` for each trip to memory
+of each wave of programs, and the bytes at the rate of the multiprocessors that have a program at all. A
+library's launches are taken for ones that need a single trip and fill the device, which flatters the peers.
+Launches on a step's second stream follow the first one's, or run beside them: from the first of them on, the
+step then takes as long as the longer stream does, or as memory does for the bytes of both. How much of that
+is true, only a GPU can tell.
+
+What the models leave out makes true steps slower (no kernel reaches the published figures, libraries' kernels
+for images of a few pixels least of all) or faster (what an operator wrote may still be in the L2 cache when
+the next one reads it).
 """
 
 import statistics
@@ -29,6 +38,7 @@ from benchmarks.traffic import Entry
 from benchmarks.variants import all_variants
 from benchmarks.workload import Workload
 from fastpix2pix import cli
+from fastpix2pix.kernels.tiles import cdiv
 from fastpix2pix.training.precision import WORKING_TYPES
 
 EAGER_OPERATOR_US = 8.0
@@ -39,24 +49,38 @@ CAPTURED_LAUNCH_US = 1.5
 """Assumed: from the end of one node of a captured graph to the start of the next."""
 
 
+NODE_US = 2.0
+"""Assumed, in the model with latency: from a launch's last store to the next one's first load."""
+
+TRIP_US = 0.7
+"""Assumed: a load from memory, the arithmetic and the barriers until its result is used, the store. The load
+alone takes about 400 clocks (``GPUS`` names the source), 0.2 to 0.3 us."""
+
+RESIDENT_WARPS = 16
+"""Assumed: warps that a multiprocessor runs at a time, a quarter of those it has room for."""
+
+
 @dataclass(frozen=True)
 class Gpu:
-    """bandwidth: GB/s. flops: dense TFLOP/s of a matrix product in each type; sixteen: the 16-bit type that
-    training takes on it."""
+    """bandwidth, l2: GB/s of the memory and of the L2 cache. multiprocessors: how many. flops: dense TFLOP/s
+    of a matrix product in each type; sixteen: the 16-bit type that training takes on it."""
 
     bandwidth: float
+    l2: float
+    multiprocessors: int
     flops: dict[str, float]
     sixteen: str = "bf16"
 
 
 # NVIDIA's data sheets of the SXM modules: "NVIDIA V100 Tensor Core GPU" (2020), "NVIDIA A100 Tensor Core GPU"
 # (2021; 80 GB), "NVIDIA H100 Tensor Core GPU" (2023), "NVIDIA H200 Tensor Core GPU" (2024). Those of the
-# H100 and H200 give tensor rates with sparsity; half of that is dense.
+# H100 and H200 give tensor rates with sparsity; half of that is dense. L2 bandwidth: table 3 of
+# PMC10448217 (2023), which has the H200's chip as that of the H100.
 GPUS = {
-    "V100": Gpu(900, {"fp32": 15.7, "tf32": 15.7, "fp16": 125}, "fp16"),
-    "A100": Gpu(2039, {"fp32": 19.5, "tf32": 156, "fp16": 312, "bf16": 312}),
-    "H100": Gpu(3350, {"fp32": 67, "tf32": 494.5, "fp16": 989.5, "bf16": 989.5}),
-    "H200": Gpu(4800, {"fp32": 67, "tf32": 494.5, "fp16": 989.5, "bf16": 989.5}),
+    "V100": Gpu(900, 3133, 80, {"fp32": 15.7, "tf32": 15.7, "fp16": 125}, "fp16"),
+    "A100": Gpu(2039, 7219, 108, {"fp32": 19.5, "tf32": 156, "fp16": 312, "bf16": 312}),
+    "H100": Gpu(3350, 8986, 132, {"fp32": 67, "tf32": 494.5, "fp16": 989.5, "bf16": 989.5}),
+    "H200": Gpu(4800, 8986, 132, {"fp32": 67, "tf32": 494.5, "fp16": 989.5, "bf16": 989.5}),
 }
 
 
@@ -65,9 +89,14 @@ def device_seconds(entries: list[Entry], bandwidth: float, flops: float) -> floa
     return sum(max(entry.moved / bandwidth, entry.flops / flops) for entry in entries)
 
 
+def host_seconds(entries: list[Entry]) -> float:
+    """What the host takes to launch a step operator by operator."""
+    return 1e-6 * EAGER_OPERATOR_US * len(entries)
+
+
 def eager_seconds(entries: list[Entry], bandwidth: float, flops: float) -> float:
     """Model of a step that the host launches operator by operator: whichever of the two is slower."""
-    return max(device_seconds(entries, bandwidth, flops), 1e-6 * EAGER_OPERATOR_US * len(entries))
+    return max(device_seconds(entries, bandwidth, flops), host_seconds(entries))
 
 
 def captured_seconds(entries: list[Entry], bandwidth: float, flops: float) -> float:
@@ -77,6 +106,30 @@ def captured_seconds(entries: list[Entry], bandwidth: float, flops: float) -> fl
 
 def floor_seconds(entries: list[Entry], bandwidth: float, flops: float, *, captured: bool) -> float:
     return (captured_seconds if captured else eager_seconds)(entries, bandwidth, flops)
+
+
+def launch_seconds(entry: Entry, gpu: Gpu, flops: float) -> float:
+    """With latency; ``flops`` in operations per second."""
+    waiting = 1e-6 * TRIP_US
+    if entry.grid is not None:
+        programs, warps, trips = entry.grid
+        at_once = gpu.multiprocessors * max(RESIDENT_WARPS // warps, 1)
+        used = min(programs, gpu.multiprocessors) / gpu.multiprocessors
+        waiting = 1e-6 * TRIP_US * trips * cdiv(programs, at_once) + entry.moved / (1e9 * gpu.l2 * used)
+    busy = max(entry.moved / (1e9 * gpu.bandwidth), entry.flops / flops)
+    return 1e-6 * NODE_US * entry.launches + max(busy, waiting)
+
+
+def latency_seconds(entries: list[Entry], gpu: Gpu, flops: float, *, overlap: bool = False) -> float:
+    """A step's launches in turn; with ``overlap``, those of its second stream beside the others."""
+    seconds = [launch_seconds(entry, gpu, flops) for entry in entries]
+    forked = next((i for i, entry in enumerate(entries) if entry.aside), None)
+    if not overlap or forked is None:
+        return sum(seconds)
+    streams = [0.0, 0.0]
+    for entry, taken in zip(entries[forked:], seconds[forked:], strict=True):
+        streams[entry.aside] += taken
+    return sum(seconds[:forked]) + max(*streams, device_seconds(entries[forked:], 1e9 * gpu.bandwidth, flops))
 
 
 @cache
@@ -92,7 +145,9 @@ def on_gpu(tuning: Tuning) -> Tuning:
 
 
 def modelled(preset: str, batch_size: int, gpu: Gpu) -> dict[str, dict[str, float]]:
-    """Milliseconds per step of the plain and the tuned peer and of ours: on the device, and as it is run."""
+    """Milliseconds per step of the plain and the tuned peer and of ours: on the device, and as it is run;
+    with latency, and with the second stream beside the first.
+    """
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}[gpu.sixteen]
     # PyTorch lets float32 convolutions use tf32 unless told otherwise (torch.backends.cudnn.allow_tf32).
     variants = {
@@ -104,11 +159,16 @@ def modelled(preset: str, batch_size: int, gpu: Gpu) -> dict[str, dict[str, floa
     for name, (kind, tuning) in variants.items():
         entries = trace(preset, batch_size, gpu.sixteen, tuning)
         rates = gpu.bandwidth * 1e9, gpu.flops[kind] * 1e12
+        host = 0.0 if tuning is None else host_seconds(entries)
         rows[name] = {
             "operators": len(entries),
+            "launches": sum(entry.launches for entry in entries),
             "operands_gb": sum(entry.operands for entry in entries) / 1e9,
+            "moved_gb": sum(entry.moved for entry in entries) / 1e9,
             "device_ms": 1e3 * device_seconds(entries, *rates),
             "ms": 1e3 * floor_seconds(entries, *rates, captured=tuning is None),
+            "latency_ms": 1e3 * max(host, latency_seconds(entries, gpu, rates[1])),
+            "overlapped_ms": 1e3 * max(host, latency_seconds(entries, gpu, rates[1], overlap=True)),
         }
     return rows
 
@@ -188,7 +248,13 @@ def roofline(config: RooflineConfig) -> dict[str, Any]:
         "what": "roofline",
         "environment": results.environment(device),
         "conditions": {"preset": config.preset, "batch_size": config.batch_size, "pixels": 256},
-        "assumed": {"eager_operator_us": EAGER_OPERATOR_US, "captured_launch_us": CAPTURED_LAUNCH_US},
+        "assumed": {
+            "eager_operator_us": EAGER_OPERATOR_US,
+            "captured_launch_us": CAPTURED_LAUNCH_US,
+            "node_us": NODE_US,
+            "trip_us": TRIP_US,
+            "resident_warps": RESIDENT_WARPS,
+        },
         "model": {
             name: {"sixteen": gpu.sixteen, "steps": modelled(config.preset, config.batch_size, gpu)}
             for name, gpu in GPUS.items()

@@ -11,9 +11,11 @@ allocated, because their results don't matter. The same rules hold for our step 
   ``foreach`` or fused operator is one operator.
 * ``moved``: what must cross the memory bus were nothing cached; a tensor that is updated in place counts
   twice. The roofline is made of these.
+* ``launches``: kernels. An operator counts as one, a convolution's backward pass as one for each gradient.
+  Of our own launches the grid is known too, and which of them the step sends to its second stream.
 
-What is not seen: copies between memory formats inside a cuDNN convolution, and several launches for one
-operator. Both favour the peers.
+What is not seen: copies between memory formats inside a cuDNN convolution, other operators' further launches,
+and what a launch reads again from a cache. All but the last favour the peers.
 """
 
 import sys
@@ -40,7 +42,7 @@ KINDS = ("convolution", "optimizer", "epilogue", "loss", "copy", "other")
 # Name of an operator or kernel up to its first match here decides its kind; optimizers are found by their
 # place in the source instead.
 _KIND_OF_NAME = {
-    "convolution": "convolution",
+    "conv": "convolution",
     "norm_act": "epilogue",
     "gan_loss": "loss",
     "tanh_l1": "loss",
@@ -65,14 +67,28 @@ _KIND_OF_NAME = {
 }
 
 
+class Grid(NamedTuple):
+    """programs: of one launch. warps: of one program. trips: see ``launch.Launch``."""
+
+    programs: int
+    warps: int
+    trips: int
+
+
 class Entry(NamedTuple):
-    """One operator or launch."""
+    """One operator or launch.
+
+    grid: of a launch of ours. aside: on the step's second stream.
+    """
 
     name: str
     kind: str
     operands: int
     moved: int
     flops: int
+    launches: int = 1
+    grid: Grid | None = None
+    aside: bool = False
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -113,18 +129,21 @@ class Trace(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.entries: list[Entry] = []
+        self.aside = False
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         with self, launch.observed(self._on_launch, run=False):
             yield
 
-    def _add(self, name: str, reads: list[Tensor], writes: list[Tensor], flops: int = 0) -> None:
-        self.entries.append(Entry(name, _kind(name), *_traffic(reads, writes), flops))
+    def _add(self, name: str, reads: list[Tensor], writes: list[Tensor], **details: Any) -> None:
+        details = {"flops": 0, "aside": self.aside, **details}
+        self.entries.append(Entry(name, _kind(name), *_traffic(reads, writes), **details))
 
     def _on_launch(self, made: launch.Launch) -> None:
         reads, writes = ([t for t in tensors if t is not None] for tensors in (made.reads, made.writes))
-        self._add(made.name, reads, writes)
+        grid = Grid(made.programs, made.options.get("num_warps", _USUAL_WARPS), made.trips)
+        self._add(made.name, reads, writes, grid=grid)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -142,8 +161,13 @@ class Trace(TorchDispatchMode):
             reads = reads[1:]
         count = flop_registry.get(func.overloadpacket)
         flops = count(*args, **kwargs, out_val=result) if count else 0
-        self._add(name, reads, writes, flops)
+        launches = len(writes) if name == "convolution_backward" else 1
+        self._add(name, reads, writes, flops=flops, launches=launches)
         return result
+
+
+_USUAL_WARPS = 4
+"""Of a Triton program whose launch does not say."""
 
 
 _FREE = ("detach", "_local_scalar_dense", "_record_function")
@@ -221,11 +245,12 @@ def trace_all(preset: str, batch_size: int = 1) -> dict[str, list[Entry]]:
 
 
 def summary(entries: list[Entry]) -> dict[str, dict[str, float]]:
-    """Operators, GB of operands, GB moved and GFLOP, by kind and in total."""
+    """Operators, launches, GB of operands, GB moved and GFLOP, by kind and in total."""
     rows = {kind: [entry for entry in entries if entry.kind == kind] for kind in KINDS}
     return {
         kind: {
             "operators": len(some),
+            "launches": sum(entry.launches for entry in some),
             "operands_gb": sum(entry.operands for entry in some) / 1e9,
             "moved_gb": sum(entry.moved for entry in some) / 1e9,
             "gflop": sum(entry.flops for entry in some) / 1e9,
@@ -246,10 +271,10 @@ def largest(entries: list[Entry], count: int = 12) -> list[tuple[str, str, int, 
 def main() -> None:
     for preset in ("tutorial", "junyanz"):
         for name, entries in trace_all(preset).items():
-            print(f"\n{preset}, {name}: {'':14} operators  operands GB  moved GB    GFLOP")
+            print(f"\n{preset}, {name}: {'':14} operators  launches  operands GB  moved GB    GFLOP")
             for kind, row in summary(entries).items():
                 print(
-                    f"  {kind:40} {row['operators']:10} {row['operands_gb']:12.3f} "
+                    f"  {kind:40} {row['operators']:10} {row['launches']:9} {row['operands_gb']:12.3f} "
                     f"{row['moved_gb']:9.3f} {row['gflop']:8.1f}"
                 )
 
