@@ -34,7 +34,7 @@ from benchmarks import results, traffic
 from benchmarks.peers import PLAIN, Tuning
 from benchmarks.processes import time_in_turns
 from benchmarks.timing import clock
-from benchmarks.traffic import Entry
+from benchmarks.traffic import Entry, Measures
 from benchmarks.variants import all_variants
 from benchmarks.workload import Workload
 from fastpix2pix import cli
@@ -133,10 +133,14 @@ def latency_seconds(entries: list[Entry], gpu: Gpu, flops: float, *, overlap: bo
 
 
 @cache
-def trace(preset: str, batch_size: int, precision: str, tuning: Tuning | None) -> list[Entry]:
+def trace(
+    preset: str, batch_size: int, precision: str, tuning: Tuning | None, measures: Measures | None = None
+) -> list[Entry]:
     """The operators of a step as a GPU runs them: a peer's of this ``tuning``, or ours in ``precision``."""
     workload = Workload(preset=preset, batch_size=batch_size)
-    return traffic.trace_ours(workload, precision) if tuning is None else traffic.trace_peer(workload, tuning)
+    if tuning is None:
+        return traffic.trace_ours(workload, precision, measures)
+    return traffic.trace_peer(workload, replace(tuning, compiled=False))
 
 
 def on_gpu(tuning: Tuning) -> Tuning:
@@ -144,32 +148,88 @@ def on_gpu(tuning: Tuning) -> Tuning:
     return tuning if tuning.adam else replace(tuning, adam=traffic.PLAIN_ON_GPU.adam)
 
 
+def measures_on(gpu: Gpu) -> Measures:
+    """What our step has there: on sm_70, Triton has no tensor cores, and fp16 waits for its loss scale."""
+    return Measures() if gpu.sixteen == "bf16" else Measures(False, False, False)
+
+
 def modelled(preset: str, batch_size: int, gpu: Gpu) -> dict[str, dict[str, float]]:
     """Milliseconds per step of the plain and the tuned peer and of ours: on the device, and as it is run;
     with latency, and with the second stream beside the first.
+
+    The tuned peer once more as CUDA graphs would run it, the same operators without their host. What a
+    compiler would fuse is not counted.
     """
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}[gpu.sixteen]
+    best = replace(traffic.TUNED, autocast=autocast)
     # PyTorch lets float32 convolutions use tf32 unless told otherwise (torch.backends.cudnn.allow_tf32).
     variants = {
-        "plain PyTorch": ("tf32", on_gpu(PLAIN)),
-        "tuned PyTorch": (gpu.sixteen, replace(traffic.TUNED, autocast=autocast)),
-        "fastpix2pix": (gpu.sixteen, None),
+        "plain PyTorch": ("tf32", on_gpu(PLAIN), False),
+        "tuned PyTorch": (gpu.sixteen, best, False),
+        "tuned PyTorch, in CUDA graphs": (gpu.sixteen, best, True),
+        "fastpix2pix": (gpu.sixteen, None, True),
     }
     rows = {}
-    for name, (kind, tuning) in variants.items():
-        entries = trace(preset, batch_size, gpu.sixteen, tuning)
-        rates = gpu.bandwidth * 1e9, gpu.flops[kind] * 1e12
-        host = 0.0 if tuning is None else host_seconds(entries)
+    for name, (kind, tuning, captured) in variants.items():
+        measures = None if tuning else measures_on(gpu)
+        entries = trace(preset, batch_size, gpu.sixteen, tuning, measures)
+        bandwidth, flops = gpu.bandwidth * 1e9, gpu.flops[kind] * 1e12
+        host = 0.0 if captured else host_seconds(entries)
         rows[name] = {
             "operators": len(entries),
             "launches": sum(entry.launches for entry in entries),
             "operands_gb": sum(entry.operands for entry in entries) / 1e9,
             "moved_gb": sum(entry.moved for entry in entries) / 1e9,
-            "device_ms": 1e3 * device_seconds(entries, *rates),
-            "ms": 1e3 * floor_seconds(entries, *rates, captured=tuning is None),
-            "latency_ms": 1e3 * max(host, latency_seconds(entries, gpu, rates[1])),
-            "overlapped_ms": 1e3 * max(host, latency_seconds(entries, gpu, rates[1], overlap=True)),
+            "device_ms": 1e3 * device_seconds(entries, bandwidth, flops),
+            "ms": 1e3 * floor_seconds(entries, bandwidth, flops, captured=captured),
+            "latency_ms": 1e3 * max(host, latency_seconds(entries, gpu, flops)),
+            "overlapped_ms": 1e3 * max(host, latency_seconds(entries, gpu, flops, overlap=True)),
         }
+    return rows
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One measure more than the rung before. tuning: of a peer, None for ours."""
+
+    words: str
+    precision: str
+    captured: bool = True
+    tuning: Tuning | None = None
+    measures: Measures = Measures(False, False, False)
+    overlap: bool = False
+
+
+RUNGS = (
+    Rung("plain PyTorch", "tf32", captured=False, tuning=PLAIN),
+    Rung("tuned PyTorch", "bf16", captured=False, tuning=traffic.TUNED),
+    Rung("fused epilogues, losses and Adam, one pass of D; tf32", "tf32", captured=False),
+    Rung("+ the whole step in one graph", "tf32"),
+    Rung("+ 16-bit weights", "bf16"),
+    Rung("+ deep convolutions in Triton", "bf16", measures=Measures(True, False, False)),
+    Rung("+ their weight gradients straight into Adam", "bf16", measures=Measures(True, True, False)),
+    Rung("+ split masters", "bf16", measures=Measures()),
+    Rung("+ a second stream", "bf16", measures=Measures(), overlap=True),
+)
+
+
+def ladder(preset: str, batch_size: int, gpu: Gpu) -> list[dict[str, Any]]:
+    """What each of our measures brings, by the model with latency, on a GPU that takes bf16."""
+    rows = []
+    for rung in RUNGS:
+        tuning = None if rung.tuning is None else on_gpu(rung.tuning)
+        entries = trace(preset, batch_size, rung.precision, tuning, None if tuning else rung.measures)
+        seconds = latency_seconds(entries, gpu, gpu.flops[rung.precision] * 1e12, overlap=rung.overlap)
+        if not rung.captured:
+            seconds = max(seconds, host_seconds(entries))
+        rows.append(
+            {
+                "rung": rung.words,
+                "operators": len(entries),
+                "moved_gb": sum(entry.moved for entry in entries) / 1e9,
+                "ms": 1e3 * seconds,
+            }
+        )
     return rows
 
 
@@ -207,6 +267,11 @@ def matmul_rate(device: torch.device, precision: str, size: int = 8192) -> float
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def _measures_here(device: torch.device) -> Measures:
+    modern = torch.cuda.get_device_capability(device) >= (8, 0)
+    return Measures() if modern else Measures(False, False, False)
+
+
 def measured(config: "RooflineConfig", device: torch.device) -> list[dict[str, Any]]:
     """Of every variant on this GPU: its step, and the model's floor with this GPU's measured rates."""
     workload = Workload(preset=config.preset, batch_size=config.batch_size)
@@ -215,7 +280,8 @@ def measured(config: "RooflineConfig", device: torch.device) -> list[dict[str, A
     rows = []
     for variant in variants:
         tuning = None if variant.tuning is None else on_gpu(variant.tuning)
-        entries = trace(config.preset, config.batch_size, variant.precision, tuning)
+        measures = None if tuning else _measures_here(device)
+        entries = trace(config.preset, config.batch_size, variant.precision, tuning, measures)
         rate = matmul_rate(device, variant.arithmetic)
         floor = floor_seconds(entries, copy_bandwidth(device), rate, captured=variant.captured)
         ms = 1e3 * statistics.median(taken.wall for taken in seconds[variant.name])
@@ -259,10 +325,22 @@ def roofline(config: RooflineConfig) -> dict[str, Any]:
             name: {"sixteen": gpu.sixteen, "steps": modelled(config.preset, config.batch_size, gpu)}
             for name, gpu in GPUS.items()
         },
+        "ladder": {
+            name: ladder(config.preset, config.batch_size, gpu)
+            for name, gpu in GPUS.items()
+            if gpu.sixteen == "bf16"
+        },
     }
-    print(f"{config.preset}, batch {config.batch_size}; model, ms per step (of it on the GPU)")
+    print(
+        f"{config.preset}, batch {config.batch_size}; model, ms per step: by bandwidth (of it on the GPU), "
+        "with latency, with the second stream beside the first"
+    )
     for name, gpu in result["model"].items():
-        steps = (f"{who} {row['ms']:.2f} ({row['device_ms']:.2f})" for who, row in gpu["steps"].items())
+        steps = (
+            f"{who} {row['ms']:.2f} ({row['device_ms']:.2f}), {row['latency_ms']:.2f}, "
+            f"{row['overlapped_ms']:.2f}"
+            for who, row in gpu["steps"].items()
+        )
         print(f"  {name}, {gpu['sixteen']}: {'   '.join(steps)}")
     if device.type == "cuda":
         precisions = dict.fromkeys(variant.arithmetic for variant in all_variants(device))

@@ -20,8 +20,8 @@ and what a launch reads again from a cache. All but the last favour the peers.
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +32,9 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.peers import FUSED, PeerStep, Tuning
 from benchmarks.workload import Workload
-from fastpix2pix.kernels import launch
+from fastpix2pix.kernels import deep_conv, launch
 from fastpix2pix.models import build_networks
+from fastpix2pix.models.blocks import Block
 from fastpix2pix.training.precision import WORKING_TYPES
 from fastpix2pix.training.step import TrainStep
 
@@ -46,6 +47,7 @@ _KIND_OF_NAME = {
     "norm_act": "epilogue",
     "gan_loss": "loss",
     "tanh_l1": "loss",
+    "loss_row": "loss",
     "native_batch_norm": "epilogue",
     "leaky_relu": "epilogue",
     "relu": "epilogue",
@@ -208,18 +210,54 @@ def _images(workload: Workload, dtype: torch.dtype) -> list[Tensor]:
     return [image.contiguous(memory_format=torch.channels_last).clone() for _ in range(2)]
 
 
-def trace_ours(workload: Workload, precision: str) -> list[Entry]:
-    """Our step in ``precision``, with the copies that bring a pair into the captured graph."""
+class Measures(NamedTuple):
+    """What a step can be traced without, to see what it brings."""
+
+    deep_convolutions: bool = True
+    fused_update: bool = True
+    split_masters: bool = True
+
+
+def trace_ours(workload: Workload, precision: str, measures: Measures | None = None) -> list[Entry]:
+    """Our step in ``precision``, with the copies that bring a pair into the captured graph.
+
+    As on a GPU from sm_80 on; without ``Measures`` as on an older one too.
+    """
+    measures = Measures() if measures is None else measures
     networks = build_networks(workload.network_options())
-    step = TrainStep(*networks, workload.step_options(precision))
+    # Where kernels are asked for, the optimizers lay out masters as on a GPU.
+    with launch.observed(lambda _: None, run=False) if measures.split_masters else nullcontext():
+        step = TrainStep(*networks, workload.step_options(precision))
+    if not measures.fused_update:
+        for block in step.generator.modules():
+            if isinstance(block, Block):
+                block.take_gradient = None
     dtype = WORKING_TYPES[precision]
     slots, images = _images(workload, dtype), _images(workload, dtype)
     trace = Trace()
-    with trace():
+    fork = step.side.fork
+
+    def fork_traced(work: Callable[[], None], uses: Iterable[Tensor]) -> None:
+        trace.aside = True
+        fork(work, uses)
+        trace.aside = False
+
+    step.side.fork = fork_traced  # type: ignore[method-assign]
+    with _set(deep_conv, "offered", measures.deep_convolutions), trace():
         for slot, image in zip(slots, images, strict=True):
             slot.copy_(image)
         step.body(*slots)
     return trace.entries
+
+
+@contextmanager
+def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def trace_peer(workload: Workload, tuning: Tuning) -> list[Entry]:

@@ -5,6 +5,7 @@ input) whatever the storage type, and results are rounded once, when they are st
 synchronises with the host or branches on a tensor's value.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -425,6 +426,22 @@ def tanh_l1_backward(
     dx = gradient * (1 - fake_value) * (1 + fake_value)  # 1 - square would cancel where tanh saturates
     dbias = None if bias is None else dx.sum((0, 2, 3)).to(bias.dtype)
     return dx.to(fake.dtype, memory_format=torch.channels_last), dbias
+
+
+# --------------------------------------------------------------------------------------- losses of a step
+
+
+def write_loss_row(rows: Tensor, written: Tensor, terms: Sequence[Tensor], lambda_l1: Tensor) -> None:
+    """Write a step's losses into the ring buffer ``rows``, (capacity, 1 + terms) float32, at row ``written``
+    modulo capacity, and count ``written``, (1,) int64, up.
+
+    terms: scalars, the generator's GAN loss, its L1 loss, and whatever else. A row is the generator's total
+    ``terms[0] + lambda_l1 * terms[1]``, then the terms.
+    """
+    total = terms[0] + lambda_l1 * terms[1]
+    row = torch.stack([loss.to(rows.dtype) for loss in (total, *terms)]).unsqueeze(0)
+    rows.index_copy_(0, written % len(rows), row)
+    written.add_(1)
 
 
 # ------------------------------------------------------------------------------------------------ Adam

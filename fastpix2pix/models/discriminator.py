@@ -68,8 +68,8 @@ class PatchDiscriminator(nn.Module):
 
     def with_bias(self, logits: Tensor) -> Tensor:
         """What the last convolution makes without its bias, as logits."""
-        dtype = compute_dtype(logits.dtype)
-        return logits.to(dtype) + self.last.bias.to(dtype)
+        # One operator widens 16-bit logits and adds.
+        return logits + self.last.bias.to(compute_dtype(logits.dtype))
 
     def forward(self, pair: Tensor) -> Tensor:
         """Logits of ``pair``, all of it one batch for the normalisation."""
@@ -129,7 +129,8 @@ class _SharedForward(torch.autograd.Function):
         ctx.type = logits.dtype
         ctx.set_materialize_grads(False)
         logits = discriminator.with_bias(logits)
-        return logits, logits[fake_rows].clone()
+        # Detached: the same memory, and an output of its own to autograd.
+        return logits, logits[fake_rows].detach()
 
     @staticmethod
     @once_differentiable

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastpix2pix.kernels.adam import LARGE
 from fastpix2pix.kernels.gan_loss import gan_loss, gan_target_loss
+from fastpix2pix.kernels.loss_row import LossTerms
 from fastpix2pix.kernels.reference import GanLoss, compute_dtype
 from fastpix2pix.models.blocks import set_working_type
 from fastpix2pix.training.losses import Losses, LossRing
@@ -80,10 +81,10 @@ class TrainStep:
     def body(self, source: Tensor, target: Tensor) -> None:
         """The step as the device sees it: it talks to the host nowhere, so it can be captured."""
         update = self._simultaneous if self.rule.simultaneous else self._alternating
-        losses = update(source, target)
+        terms = update(source, target)
         if self.loss_scale is not None:
             self.loss_scale.update()
-        self.ring.write(losses)
+        self.ring.write(terms, self.lambda_l1)
 
     def stepped(self) -> Losses:
         """Count a step whose body has run, or been replayed, and return its losses."""
@@ -123,7 +124,7 @@ class TrainStep:
 
     # ----------------------------------------------------------------------------------- update rules
 
-    def _simultaneous(self, source: Tensor, target: Tensor) -> Losses:
+    def _simultaneous(self, source: Tensor, target: Tensor) -> LossTerms:
         """The tutorial's: both gradients at the same weights, one forward pass of D over the fake image."""
         drawn = self._draw(source, target)
         logits, fake_logits = self.players.logits_of_both(drawn, through_fake=True)
@@ -134,9 +135,9 @@ class TrainStep:
             Backward(drawn.l1, self._l1_gradient, self.gen_optimizer),
         )
         disc, gen, real, fake = gan.losses.unbind()
-        return self._losses(gen, drawn.l1, disc, real, fake)
+        return LossTerms(gen, drawn.l1.detach(), disc, real, fake)
 
-    def _alternating(self, source: Tensor, target: Tensor) -> Losses:
+    def _alternating(self, source: Tensor, target: Tensor) -> LossTerms:
         """junyanz's: D steps on the image, then G against the new D."""
         drawn = self._draw(source, target)
         logits, _ = self.players.logits_of_both(drawn, through_fake=False)
@@ -152,7 +153,7 @@ class TrainStep:
             Backward(drawn.l1, self._l1_gradient, self.gen_optimizer),
         )
         disc, _, real, fake = gan.losses.unbind()
-        return self._losses(gen, drawn.l1, disc, real, fake)
+        return LossTerms(gen, drawn.l1.detach(), disc, real, fake)
 
     def _draw(self, source: Tensor, target: Tensor) -> Drawn:
         drawn = self.players.draw(source, target)
@@ -176,10 +177,6 @@ class TrainStep:
     def _l1_gradient(self) -> Tensor:
         """The gradient of the total loss by the L1 loss."""
         return self.lambda_l1 if self.loss_scale is None else self.lambda_l1 * self.loss_scale.scale
-
-    def _losses(self, gen: Tensor, l1: Tensor, disc: Tensor, real: Tensor, fake: Tensor) -> Losses:
-        l1 = l1.detach()
-        return Losses(gen + self.lambda_l1 * l1, gen, l1, disc, real, fake)
 
     # ----------------------------------------------------------------------------------------- updates
 
