@@ -160,7 +160,7 @@ class Trace(TorchDispatchMode):
             if alias is not None and alias.is_write and argument.name != _NOT_WRITTEN:
                 writes += [t for t in tree_leaves(value) if isinstance(t, Tensor)]
         if name.startswith(_WRITE_ONLY):
-            reads = reads[1:]
+            reads = [t for t in tree_leaves((args[1:], kwargs)) if isinstance(t, Tensor)]
         count = flop_registry.get(func.overloadpacket)
         flops = count(*args, **kwargs, out_val=result) if count else 0
         launches = len(writes) if name == "convolution_backward" else 1
@@ -175,7 +175,7 @@ _USUAL_WARPS = 4
 _FREE = ("detach", "_local_scalar_dense", "_record_function")
 """Operators without work for the device."""
 
-_WRITE_ONLY = ("copy_", "fill_", "zero_")
+_WRITE_ONLY = ("copy_", "_foreach_copy_", "fill_", "zero_")
 """Operators whose first argument is written without being read."""
 
 _NOT_WRITTEN = "grads"
@@ -235,24 +235,28 @@ def trace_ours(workload: Workload, precision: str, measures: Measures | None = N
     dtype = WORKING_TYPES[precision]
     slots, images = _images(workload, dtype), _images(workload, dtype)
     trace = Trace()
-    fork = step.side.fork
+    if (side := getattr(step, "side", None)) is not None:
+        side.fork = _marked(trace, side.fork)
+    with _set(deep_conv, "offered", measures.deep_convolutions), trace():
+        torch._foreach_copy_(slots, images)
+        step.body(*slots)
+    return trace.entries
+
+
+def _marked(trace: Trace, fork: Callable) -> Callable:
+    """``SideStream.fork`` whose work the trace sees as that of the second stream."""
 
     def fork_traced(work: Callable[[], None], uses: Iterable[Tensor]) -> None:
         trace.aside = True
         fork(work, uses)
         trace.aside = False
 
-    step.side.fork = fork_traced  # type: ignore[method-assign]
-    with _set(deep_conv, "offered", measures.deep_convolutions), trace():
-        for slot, image in zip(slots, images, strict=True):
-            slot.copy_(image)
-        step.body(*slots)
-    return trace.entries
+    return fork_traced
 
 
 @contextmanager
 def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
+    before = getattr(owner, name, None)
     setattr(owner, name, value)
     try:
         yield

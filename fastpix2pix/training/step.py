@@ -130,7 +130,7 @@ class TrainStep:
         logits, fake_logits = self.players.logits_of_both(drawn, through_fake=True)
         gan = self._gan_loss(logits)
         self._update(
-            Backward(logits, gan.disc_grad, self.disc_optimizer),
+            *self._disc_paths(logits, gan),
             Backward(fake_logits, gan.gen_grad, self.gen_optimizer),
             Backward(drawn.l1, self._l1_gradient, self.gen_optimizer),
         )
@@ -142,11 +142,15 @@ class TrainStep:
         drawn = self._draw(source, target)
         logits, _ = self.players.logits_of_both(drawn, through_fake=False)
         gan = self._gan_loss(logits)
-        self._update(Backward(logits, gan.disc_grad, self.disc_optimizer))
+        self._update(*self._disc_paths(logits, gan))
 
         fake_logits = self.players.logits_of_fake(drawn)
         gen, gen_grad = gan_target_loss(
-            fake_logits.detach(), True, mode=self.options.gan_mode, scale=self._scale
+            fake_logits.detach(),
+            True,
+            mode=self.options.gan_mode,
+            bias=self._logit_bias,
+            scale=self._scale,
         )
         self._update(
             Backward(fake_logits, gen_grad, self.gen_optimizer),
@@ -166,8 +170,20 @@ class TrainStep:
             mode=self.options.gan_mode,
             real_first=self.rule.real_first,
             disc_factor=self.rule.disc_factor,
+            bias=self._logit_bias,
             scale=self._scale,
         )
+
+    def _disc_paths(self, logits: Tensor, gan: GanLoss) -> list[Backward]:
+        paths = [Backward(logits, gan.disc_grad, self.disc_optimizer)]
+        if gan.bias_grad is not None:
+            paths.append(Backward(self.players.logit_bias, gan.bias_grad, self.disc_optimizer))
+        return paths
+
+    @property
+    def _logit_bias(self) -> Tensor | None:
+        bias = self.players.logit_bias
+        return None if bias is None else bias.detach()
 
     @property
     def _scale(self) -> Tensor | None:

@@ -204,12 +204,13 @@ def test_operands_and_movement():
         x[0].mul_(x[1])  # slices are operands of their own
         torch.empty(1000)
         y + y  # one operand, used twice
+        torch._foreach_copy_([y, x], [z, x.clone()])  # written only, each
 
-    names = ["add_", "add", "copy_", "mul_", "add"]
+    names = ["add_", "add", "copy_", "mul_", "add", "clone", "_foreach_copy_"]
     entries = traced(body)
     assert [entry.name for entry in entries] == names
-    assert [entry.operands for entry in entries] == [2000, 6000, 4000, 2000, 4000]
-    assert [entry.moved for entry in entries] == [4000, 6000, 4000, 3000, 4000]
+    assert [entry.operands for entry in entries] == [2000, 6000, 4000, 2000, 4000, 4000, 8000]
+    assert [entry.moved for entry in entries] == [4000, 6000, 4000, 3000, 4000, 4000, 8000]
 
 
 def test_convolutions_are_counted_and_not_computed():
