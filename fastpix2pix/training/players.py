@@ -69,7 +69,7 @@ class FusedPlayers:
 
     def __init__(self, generator: UNetGenerator, discriminator: PatchDiscriminator, *, real_first: bool):
         self.generator, self.discriminator, self.real_first = generator, discriminator, real_first
-        self.logit_bias = discriminator.last.bias
+        self.logit_bias: nn.Parameter = discriminator.last.bias
 
     def draw(self, source: Tensor, target: Tensor) -> Drawn:
         n, c, h, w = source.shape
@@ -99,6 +99,13 @@ class FusedPlayers:
         return logits
 
     def backward(self, paths: Sequence[Backward]) -> None:
+        bias = self.logit_bias
+        if not bias._backward_hooks and not bias._post_accumulate_grad_hooks:
+            # Autograd would copy a gradient that others hold too.
+            for path in paths:
+                if path.output is bias:
+                    bias.grad = path.gradient
+            paths = [path for path in paths if path.output is not bias]
         torch.autograd.backward(
             [path.output for path in paths],
             [path.gradient for path in paths],
