@@ -111,6 +111,58 @@ def test_every_layer_compiles_for_all_gpus_in_all_types(tmp_path):
     assert not [row for row in rows if row["stack"]]
 
 
+SPLIT_LAUNCHES = """
+import torch
+from fastpix2pix.kernels.launch import observed
+from fastpix2pix.kernels.norm_act import norm_act_backward, norm_act_forward
+from fastpix2pix.kernels.reference import NormActConfig
+
+def some(precision, layers):
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    config = NormActConfig(slope=0.2, skip_slope=0.3, dropout=0.5)
+    rng = torch.empty(2, dtype=torch.int64, device="meta")
+    seen = []
+    for side, channels, splits in layers:
+        x, dskip = torch.empty(2, 1, side, side, channels, dtype=dtype, device="meta").movedim(-1, 2)
+        sums = torch.empty(splits, side**2, channels, device="meta")
+        row = torch.empty(channels, device="meta")
+        with observed(seen.append, run=False):
+            y = norm_act_forward(x, row, row, row, row, rng, config, partials=sums)
+            saved = x, row, row, y.mean, y.rstd, rng, config
+            norm_act_backward(None, dskip, *saved, dy_partials=sums)
+    return [(f"launch {i}", launch) for i, launch in enumerate(seen)]
+
+def one(precision):
+    return some(precision, [(4, 512, 16)])
+
+def every(precision):
+    return some(precision, [(1, 512, 32), (2, 512, 32), (8, 512, 16), (16, 512, 8), (32, 256, 8)])
+"""
+
+
+def compile_split(folder: Path, which: str, architectures, dtypes) -> list[dict]:
+    (folder / "split.py").write_text(SPLIT_LAUNCHES)
+    numbers = "--arch", *map(str, architectures), "--dtype", *dtypes
+    file = folder / "rows.json"
+    done = command("--launches", f"split:{which}", "--json", str(file), *numbers, PYTHONPATH=str(folder))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())
+    assert {row["kernel"] for row in rows} == {"norm_act_forward_whole", "norm_act_backward_whole"}
+    return rows
+
+
+def test_partial_sums_are_read_without_spills(tmp_path):
+    for row in compile_split(tmp_path, "one", (75, 90), ["bf16"]):
+        assert row["stack"] == 0 and row["load_bits"] == 128, row
+
+
+@pytest.mark.slow
+def test_partial_sums_are_read_without_spills_on_all_gpus(tmp_path):
+    for row in compile_split(tmp_path, "every", ARCHITECTURES, ["bf16", "fp32"]):
+        assert row["stack"] == 0 and row["load_bits"] == 128, row
+        assert row["occupancy"] * report.MULTIPROCESSORS[row["arch"]].warps >= row["num_warps"], row
+
+
 def test_refuses_to_report_on_interpreted_kernels():
     done = command(TRITON_INTERPRET="1")
     assert done.returncode == 1 and done.stderr.startswith("error: TRITON_INTERPRET is set")
