@@ -27,6 +27,8 @@ def write_report(run_folder: Path, history: History | None = None) -> Path:
     cannot be written.
     """
     try:
+        if not (run_folder / "config.json").is_file():  # opening a pipe would wait for ever
+            raise FileNotFoundError
         config = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("holds no object")
@@ -203,6 +205,8 @@ def _spread(paths: Sequence[Path], count: int) -> list[Path]:
 def _figure(path: Path, height: int) -> str | None:
     """A grid, no higher than ``height`` pixels; None while it is being written, or if it is spoilt."""
     encoded = BytesIO()
+    if not path.is_file():  # opening a pipe would wait for ever
+        return None
     try:
         with Image.open(path) as image:
             shown = image.convert("RGB")

@@ -10,23 +10,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastpix2pix import checkpoint, cli, environment, run_folder
+from fastpix2pix import checkpoint, cli, environment, needs, run_folder
 from fastpix2pix.config import QUICK, TrainConfig, check_changes, check_name
 from fastpix2pix.cores import CoreShare, loader_threads, use_threads
 from fastpix2pix.data import Loader, find_pairs, load_pair, open_loader
 from fastpix2pix.data.check import refuse_other_layouts
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
 from fastpix2pix.device import choose_device, why_no_gpu
-from fastpix2pix.errors import NotFinite, UserError
+from fastpix2pix.errors import NotFinite, UserError, out_of_memory_is_one_line
 from fastpix2pix.interop.junyanz.flags import train_words
 from fastpix2pix.models import build_networks
 from fastpix2pix.monitor import FIRST_LOSSES, Monitor
-from fastpix2pix.signals import end_at_once, say, stop_requests, uninterrupted
+from fastpix2pix.signals import end_at_once, limited, say, stop_requests
 from fastpix2pix.training.fine_tuning import begin_with
 from fastpix2pix.training.precision import WORKING_TYPES, choose_precision
 from fastpix2pix.training.prepare import PreparedStep, prepare_step
 from fastpix2pix.training.resume import (
     Position,
+    Undo,
     check_architecture,
     check_finite,
     restore,
@@ -35,6 +36,10 @@ from fastpix2pix.training.resume import (
 from fastpix2pix.wandb_run import WandbRun
 
 SAMPLE_PAIRS = 4
+NO_MEMORY = (
+    "go on where there is more, close other programs, or train anew with a lower --batch_size, --crop_size, "
+    "--ngf or --ndf, or with --cache 0"
+)
 
 
 def find_checkpoint(config: TrainConfig) -> tuple[Path, dict] | None:
@@ -140,7 +145,7 @@ def start_line(config: TrainConfig, loader: Loader, root: Path, prepared: Prepar
 
 def train(config: TrainConfig) -> None:
     """Run training as ``config`` says. Raises UserError for what the user can mend."""
-    with run_folder.owned(config.run_folder):
+    with run_folder.owned(config.run_folder), out_of_memory_is_one_line(NO_MEMORY):
         _train(config)
 
 
@@ -151,12 +156,18 @@ def _train(config: TrainConfig) -> None:
         print(f"training on the CPU: {reason}")
     use_threads(config.threads)
     precision = choose_precision(config.precision, device)
+    if config.preprocess != "none":  # whose sizes are those of the images
+        needs.check_memory(config, device, precision)
     root = data_folder(config)
     request, config = config, sized_by_data(config, root)
+    if request.preprocess == "none":
+        needs.check_memory(config, device, precision)
     options = config.loader_options()
     if device.type == "cpu" and config.num_threads is None:
         options = dataclasses.replace(options, num_threads=loader_threads(options.num_threads))
     loader = open_loader(root, options, device=device, dtype=WORKING_TYPES[precision])
+    total = config.total_steps(loader.batches_per_epoch)
+    needs.check_data(config, loader, precision, total)
     samples = sample_pairs(root, config, device, WORKING_TYPES[precision])
     networks = build_networks(config.network_options())
     if found is None and config.init_from is not None:
@@ -178,8 +189,6 @@ def _train(config: TrainConfig) -> None:
     at = Position() if found is None else restore(step, found[1], found[0])
     folder = config.run_folder
     run_folder.write_request(request)
-
-    total = config.total_steps(loader.batches_per_epoch)
 
     def environment_block() -> dict:
         data = {"loader": loader.kind, "direction": config.resolved_direction(), "steps": total}
@@ -205,14 +214,13 @@ def _train(config: TrainConfig) -> None:
     def save() -> None:
         nonlocal tried
         tried = at.steps
-        with uninterrupted():
-            monitor.catch_up(at.steps, lr, step)
-            block = environment_block()
-            state = training_state(step, config, block, at)
-            check_finite(state)  # it must not displace a good one
-            checkpoint.save(folder, at.steps, state, config.keep_checkpoints)
-            run_folder.write_environment(block, folder)  # the loader may have fallen back
-            monitor.report()
+        monitor.catch_up(at.steps, lr, step)
+        block = environment_block()
+        state = training_state(step, config, block, at)
+        check_finite(state)  # it must not displace a good one
+        checkpoint.save(folder, at.steps, state, config.keep_checkpoints)
+        run_folder.write_environment(block, folder)  # the loader may have fallen back
+        monitor.report()
 
     stopped = f"the run goes on with --continue_train --name {config.name}"
 
@@ -228,7 +236,9 @@ def _train(config: TrainConfig) -> None:
         end_at_once(stops.exit_code)
 
     stream = loader.stream(at.epoch, at.sample)
+    undo = Undo(step) if prepared.run is step else None  # a graph allocates nothing when it is replayed
     share = CoreShare(torch.get_num_threads())
+    failure = ""
     within_step = False  # then the state in memory is neither the old nor the new one
     with stop_requests(stop_waiting) as stops:
         try:
@@ -240,9 +250,10 @@ def _train(config: TrainConfig) -> None:
                 lr = config.lr_at(at.steps, loader.batches_per_epoch)
                 step.set_lr(lr)
                 within_step = True
-                with uninterrupted():
-                    prepared.run(batch.source, batch.target)
-                    at = Position(at.steps + 1, batch.epoch, batch.position)
+                if undo is not None:
+                    undo.mark()
+                prepared.run(batch.source, batch.target)
+                at = Position(at.steps + 1, batch.epoch, batch.position)
                 within_step = False
                 monitor.stepped()
                 if monitor.losses_due(at.steps, config.print_freq):
@@ -257,25 +268,26 @@ def _train(config: TrainConfig) -> None:
                 monitor.show_samples(at.steps, lr, step)
             if at.steps > tried:
                 save()
-        except NotFinite:
+        except NotFinite as error:
+            failure = f"error: {error}"
             raise
         except Exception as error:
+            if within_step and undo is not None and undo.take_back():
+                within_step = False
             if at.steps > tried and not within_step:
                 save_in_spite_of(save, at.steps)
-            if "DataLoader worker" in str(error):
-                raise UserError(
-                    f"a process that decodes images ended ({error}); go on with --continue_train, with fewer "
-                    "--num_threads if memory is short"
-                ) from error
+            failure = f"error: {error}"
             raise
         finally:
             monitor.close()
-            with stops.limited(f"stopped at step {at.steps}; {stopped}"):
+            line, code = f"done: {at.steps} steps; checkpoints and samples are in {folder}", 0
+            if stops:
+                line, code = f"stopped at step {at.steps}; {stopped}", stops.exit_code
+            with limited(*((failure, 2) if failure else (line, code))):  # a decoder may wait for ever
                 loader.close()
-    if stops:
-        print(f"stopped at step {at.steps}; {stopped}")
-        sys.exit(stops.exit_code)
-    print(f"done: {at.steps} steps; checkpoints and samples are in {folder}")
+    print(line)
+    if code:
+        sys.exit(code)
 
 
 def ends_epochs(at: Position, every: int | None) -> bool:

@@ -17,7 +17,7 @@ from fastpix2pix import cli
 from fastpix2pix.cores import use_threads
 from fastpix2pix.data.options import Direction
 from fastpix2pix.data.pairs import EXTENSIONS, FORMATS, UNREADABLE, natural_order, read_rgb
-from fastpix2pix.errors import UserError
+from fastpix2pix.errors import UserError, out_of_memory_is_one_line
 from fastpix2pix.gallery import Entry, write_gallery
 from fastpix2pix.interop.junyanz.flags import test_words
 from fastpix2pix.metrics import image_metrics
@@ -47,6 +47,9 @@ class TranslateConfig:
     resize: bool = False
     """Resize images to the size of the training first, as both references test. Otherwise they keep their
     size, mirrored outwards to one that the network takes."""
+    tile: int | None = None
+    """Translate images larger than so many pixels in tiles of that side, which overlap by a quarter and are
+    blended; each is normalised by its own statistics. For images that do not fit into the memory."""
     eval: bool = False
     """Normalise by the running statistics, without dropout, instead of by each image's own statistics, with
     dropout, as both references test."""
@@ -63,6 +66,11 @@ class TranslateConfig:
 def translate(config: TranslateConfig) -> None:
     """Translate what ``config`` names and say where it is. Raises UserError for what the user can mend."""
     use_threads(None)
+    with out_of_memory_is_one_line("close other programs, or translate it in tiles, or with --resize"):
+        _translate(config)
+
+
+def _translate(config: TranslateConfig) -> None:
     translator = load(
         config.run,
         device=config.device,
@@ -70,6 +78,7 @@ def translate(config: TranslateConfig) -> None:
         seed=config.seed,
         direction=config.direction,
         no_dropout=config.no_dropout,
+        tile=config.tile,
     )
     if config.num_test is not None and config.num_test < 1:
         raise UserError(f"--num_test {config.num_test}: give a number of at least 1")
@@ -82,6 +91,9 @@ def translate(config: TranslateConfig) -> None:
     side = translator.size
     if not config.resize and any(_image_size(source, kind) != (side, side) for source in sources):
         print(f"images keep their size; the training's was {side}x{side}, to which --resize brings them")
+    if not config.resize and any(translator.tiled(*_image_size(source, kind)) for source in sources):
+        own = "" if config.eval else ", each normalised by its own statistics"
+        print(f"larger images are translated in tiles of {config.tile}x{config.tile}{own}")
     means = translate_files(translator, sources, config.output, kind, resized=config.resize)
     if means:
         print("mean " + ", ".join(f"{name} {value:.4g}" for name, value in means.items()))

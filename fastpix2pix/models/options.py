@@ -15,6 +15,10 @@ GENERATOR_DEPTHS = {"unet_32": 5, "unet_64": 6, "unet_128": 7, "unet_256": 8, "u
 """Downsamplings of each U-Net, which is named by the image size that it takes down to 1x1."""
 
 
+MOST_LAYERS = 16
+"""Of the discriminator; so many need images of 262144 pixels a side."""
+
+
 @dataclass(frozen=True)
 class NetworkOptions:
     """Architecture of both networks and the seed of their weights; names as on the command line.
@@ -41,6 +45,8 @@ class NetworkOptions:
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"--{field} {value}: give a whole number of at least 1")
+        if self.n_layers_D > MOST_LAYERS:
+            raise UserError(f"--n_layers_D {self.n_layers_D}: give a number of at most {MOST_LAYERS}")
         if self.norm not in ("batch", "instance"):
             raise UserError(f"--norm {self.norm}: choose batch or instance")
         if self.init_type not in get_args(InitType):

@@ -16,10 +16,12 @@ from torch import nn
 import fastpix2pix
 from fastpix2pix import checkpoint, cli
 from fastpix2pix.config import TrainConfig
+from fastpix2pix.demo import DemoConfig
 from fastpix2pix.doctor import DoctorConfig
 from fastpix2pix.evaluate import EvaluateConfig
 from fastpix2pix.export import ExportConfig
 from fastpix2pix.report import ReportConfig
+from fastpix2pix.timelapse import TimelapseConfig
 from fastpix2pix.training.resume import Position, training_state
 from fastpix2pix.translate import TranslateConfig
 
@@ -73,6 +75,8 @@ CONFIGURATIONS = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "report": ReportConfig,
+    "demo": DemoConfig,
+    "timelapse": TimelapseConfig,
     "doctor": DoctorConfig,
 }
 
