@@ -22,7 +22,7 @@ Part = TypeVar("Part", NetworkOptions, StepOptions)
 NOT_OF_THE_RUN = ("continue_train", "force", "quick")
 """Flags that say what to do with a run, and are no part of it."""
 
-QUICK = {"ngf": 16, "ndf": 16, "steps": 1500, "display_freq": 250}
+QUICK: dict[str, Any] = {"ngf": 16, "ndf": 16, "steps": 1500, "display_freq": 250}
 """What --quick stands for."""
 
 TASK = (

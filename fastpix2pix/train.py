@@ -156,9 +156,12 @@ def _train(config: TrainConfig) -> None:
         print(f"training on the CPU: {reason}")
     use_threads(config.threads)
     precision = choose_precision(config.precision, device)
-    needs.check_memory(config, device, precision)
+    if config.preprocess != "none":  # whose sizes are those of the images
+        needs.check_memory(config, device, precision)
     root = data_folder(config)
     request, config = config, sized_by_data(config, root)
+    if request.preprocess == "none":
+        needs.check_memory(config, device, precision)
     options = config.loader_options()
     if device.type == "cpu" and config.num_threads is None:
         options = dataclasses.replace(options, num_threads=loader_threads(options.num_threads))
@@ -186,8 +189,6 @@ def _train(config: TrainConfig) -> None:
     at = Position() if found is None else restore(step, found[1], found[0])
     folder = config.run_folder
     run_folder.write_request(request)
-
-    total = config.total_steps(loader.batches_per_epoch)
 
     def environment_block() -> dict:
         data = {"loader": loader.kind, "direction": config.resolved_direction(), "steps": total}
