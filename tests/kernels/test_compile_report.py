@@ -49,6 +49,44 @@ def check_norm_act(rows: list[dict]) -> None:
         assert row["occupancy"] * report.MULTIPROCESSORS[row["arch"]].warps >= row["num_warps"], row
 
 
+def check_deep_conv(rows: list[dict]) -> None:
+    rows = [row for row in rows if row["kernel"].startswith("deep_conv_to")]
+    assert len({row["kernel"] for row in rows}) >= 2 and min(row["arch"] for row in rows) >= 80
+    for row in rows:
+        assert row["stack"] == 0, row
+        assert row["num_warps"] == 4, row
+        assert row["load_bits"] == row["store_bits"] == 128, row
+        assert row["registers"] <= 128, row
+        if row["dtype"] != "fp32":
+            newest = {90: "wgmma", 100: "tcgen05"}.get(row["arch"], "mma")
+            assert row["tensor_cores"] == newest, row
+
+
+# The smallest tile, which is the most latency-bound layer's, and the largest one.
+DEEP_LAYERS = (
+    "deep_conv_to_small tutorial 2x2x512",
+    "deep_conv_to_big tutorial 2x2x512",
+    "deep_conv_to_big tutorial 16x16x512",
+)
+
+
+def test_deep_convolutions_stream_weights_into_the_newest_tensor_cores(tmp_path):
+    rows = compile_all(tmp_path / "rows.json", [80, 90, 100], ["bf16"], DEEP_LAYERS)
+    check_deep_conv(rows)
+    assert all(row["registers"] <= 80 for row in rows if " 2x2x512" in row["label"]), rows
+
+
+def test_deep_convolutions_are_not_reported_on_where_they_are_not_used(tmp_path):
+    """Beside them there are kernels for every architecture."""
+    layers = [DEEP_LAYERS[0], "gan_loss_target junyanz"]
+    rows = compile_all(tmp_path / "rows.json", [75, 80], ["bf16"], layers)
+    assert {(row["kernel"], row["arch"]) for row in rows} == {
+        ("deep_conv_to_small", 80),
+        ("gan_loss_target", 75),
+        ("gan_loss_target", 80),
+    }
+
+
 # A layer of each regime, the first with a skip connection and the second with dropout: all six kernels.
 LAYERS = (
     "norm_act_statistics tutorial 64x64x128",
@@ -69,6 +107,7 @@ def test_kernels_compile_in_fp32(tmp_path):
 def test_every_layer_compiles_for_all_gpus_in_all_types(tmp_path):
     rows = compile_all(tmp_path / "rows.json", ARCHITECTURES, list(report.DTYPES))
     check_norm_act(rows)
+    check_deep_conv(rows)
     assert not [row for row in rows if row["stack"]]
 
 
