@@ -157,8 +157,9 @@ class TrainConfig:
         """What the training step needs."""
         return _part(self, StepOptions)
 
-    def loader_options(self) -> LoaderOptions:
-        """What the loader needs, with the direction that ``direction`` or the data decide."""
+    def loader_options(self, rank: int = 0, ranks: int = 1) -> LoaderOptions:
+        """What the loader of one of ``ranks`` processes needs, with the direction that ``direction`` or the
+        data decide."""
         return LoaderOptions(
             direction=self.resolved_direction(),
             load_size=self.load_size,
@@ -170,6 +171,8 @@ class TrainConfig:
             loader=self.loader,
             num_threads=self.num_threads,
             cache_bytes=_gib(self.cache),
+            rank=rank,
+            ranks=ranks,
         )
 
     def resolved_direction(self) -> Direction:
@@ -189,23 +192,24 @@ class TrainConfig:
             return None
         return n_epochs, schedule.n_epochs_decay if self.n_epochs_decay is None else self.n_epochs_decay
 
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """Length of the whole run."""
+    def steps_left(self, done: int, epoch: int, left_of_epoch: int, steps_per_epoch: int) -> int:
+        """Steps to the end of the run after ``done`` of them, in its ``epoch``-th epoch from 0, of which
+        ``left_of_epoch`` steps are to come. A length in epochs holds whatever batches were made of them before.
+        """
         if self._epochs is not None:
-            return sum(self._epochs) * steps_per_epoch
+            following = sum(self._epochs) - epoch - 1
+            return left_of_epoch + following * steps_per_epoch if following >= 0 else 0
         steps = self.rules.schedule.steps if self.steps is None else self.steps
         assert steps is not None, "a schedule is in epochs or in steps"
-        return steps
+        return max(0, steps - done)
 
-    def lr_at(self, step: int, steps_per_epoch: int) -> float:
-        """Learning rate of the step numbered ``step`` from 0: junyanz's linear rule, constant in an epoch.
-
-        In the e-th epoch from 0 it is lr * (1 - max(0, e + 1 - n_epochs) / (n_epochs_decay + 1)).
+    def lr_at(self, epoch: int) -> float:
+        """Learning rate of the ``epoch``-th epoch from 0: junyanz's linear rule,
+        lr * (1 - max(0, epoch + 1 - n_epochs) / (n_epochs_decay + 1)).
         """
         if self._epochs is None:
             return self.lr
         n_epochs, n_epochs_decay = self._epochs
-        epoch = step // steps_per_epoch
         return self.lr * (1 - max(0, epoch + 1 - n_epochs) / (n_epochs_decay + 1))
 
     def to_dict(self) -> dict:

@@ -16,6 +16,7 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 _HANGUP = getattr(signal, "SIGHUP", None)
 SAME_REQUEST = 0.5  # seconds
 CLOSING = 10.0
+AGREEING = 20.0
 
 
 class StopRequests:
@@ -26,11 +27,21 @@ class StopRequests:
 
     def __init__(self, stop_waiting: Callable[[], None]):
         self.received: list[int] = []
+        self.agreed, self.done = threading.Event(), threading.Event()
         self._stop_waiting = stop_waiting
         self._waiting = False
 
     def __bool__(self) -> bool:
         return bool(self.received)
+
+    def finish(self) -> None:
+        """All is saved: a further request changes nothing."""
+        self.done.set()
+
+    def agree_on(self, number: int) -> None:
+        """All processes of the training stop, for the signal of this number."""
+        self.agreed.set()
+        self.received[:0] = [number]
 
     @property
     def exit_code(self) -> int:
@@ -76,8 +87,14 @@ class StopRequests:
 
 
 @contextmanager
-def stop_requests(stop_waiting: Callable[[], None]) -> Iterator[StopRequests]:
+def stop_requests(
+    stop_waiting: Callable[[], None], *, among_others: bool = False, quiet: bool = False
+) -> Iterator[StopRequests]:
     """Collect SIGINT, SIGTERM and SIGHUP (unless ignored, as under nohup) while the body runs.
+
+    among_others: the process is one of several, which stop together by ``agree_on``; if they have not agreed
+    AGREEING seconds after a request, since one of them hangs, this one ends. After the body requests are
+    ignored: torchrun sends them to those that have not ended when one has. quiet: another one speaks.
 
     Python runs a handler only when its main thread comes back from whatever it calls, so a thread of its own
     answers the first request at once and obeys the second, which ends the process and its workers.
@@ -87,7 +104,23 @@ def stop_requests(stop_waiting: Callable[[], None]) -> Iterator[StopRequests]:
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     numbers = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
-    watcher = threading.Thread(target=_watch, args=(ours, numbers), name="stop requests", daemon=True)
+
+    def answer() -> None:
+        if not quiet:
+            say("stopping: finishing the step and saving (once more: stop at once)")
+        if among_others:
+            timer = threading.Timer(AGREEING, end_in_disagreement)
+            timer.daemon = True
+            timer.start()
+
+    def end_in_disagreement() -> None:
+        if not requests.agreed.is_set():
+            say("stopped: the other processes did not answer; nothing was saved since the last checkpoint")
+            end_at_once(requests.exit_code if requests else 128 + signal.SIGTERM)
+
+    watcher = threading.Thread(
+        target=_watch, args=(ours, numbers, answer, requests.done), name="stop requests", daemon=True
+    )
     watcher.start()
     previous_descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     previous = {number: signal.signal(number, requests._handle) for number in numbers}
@@ -95,7 +128,7 @@ def stop_requests(stop_waiting: Callable[[], None]) -> Iterator[StopRequests]:
         yield requests
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if among_others else handler)
         signal.set_wakeup_fd(previous_descriptor)
         _listening.remove(requests)
         theirs.close()
@@ -103,19 +136,21 @@ def stop_requests(stop_waiting: Callable[[], None]) -> Iterator[StopRequests]:
         ours.close()
 
 
-def _watch(descriptor: socket.socket, numbers: list[int]) -> None:
-    """Answer the numbers of signals as they arrive, until the other end is closed."""
+def _watch(
+    descriptor: socket.socket, numbers: list[int], answer: Callable[[], None], done: threading.Event
+) -> None:
+    """Answer the first signal of these numbers and obey the second, until the other end is closed."""
     first, since = None, 0.0
     while arrived := descriptor.recv(1):
         # "timeout" and schedulers signal the process and then its group: that is one request.
-        if arrived[0] not in numbers or time.monotonic() - since < SAME_REQUEST:
+        if arrived[0] not in numbers or time.monotonic() - since < SAME_REQUEST or done.is_set():
             continue
         if first is not None:
             say("stopped at once; nothing was saved since the last checkpoint")
             end_at_once(128 + first)
         first, since = arrived[0], time.monotonic()
         if first != _HANGUP:  # then nobody is there to read it
-            say("stopping: finishing the step and saving (once more: stop at once)")
+            answer()
 
 
 def say(line: str) -> None:

@@ -2,10 +2,13 @@
 
 import argparse
 import dataclasses
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +18,12 @@ from fastpix2pix.config import TrainConfig, check_changes, check_name
 from fastpix2pix.data import Loader, find_pairs, load_pair, open_loader
 from fastpix2pix.data.check import refuse_other_layouts
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
-from fastpix2pix.device import choose_device, why_no_gpu
+from fastpix2pix.device import choose_device, device_of_rank, why_no_gpu
 from fastpix2pix.errors import NotFinite, UserError
 from fastpix2pix.models import build_networks
-from fastpix2pix.monitor import Monitor
+from fastpix2pix.monitor import Monitor, NoMonitor
 from fastpix2pix.signals import end_at_once, say, stop_requests, uninterrupted
+from fastpix2pix.training.distributed import ALONE, RankGone, Ranks, joined, restarted
 from fastpix2pix.training.precision import WORKING_TYPES, choose_precision
 from fastpix2pix.training.prepare import PreparedStep, prepare_step
 from fastpix2pix.training.resume import (
@@ -31,6 +35,7 @@ from fastpix2pix.training.resume import (
 )
 
 SAMPLE_PAIRS = 4
+FAILED = 255  # what a rank tells the others, beside the number of the signal that it was sent
 
 
 def find_checkpoint(config: TrainConfig) -> tuple[Path, dict] | None:
@@ -87,9 +92,12 @@ def sample_pairs(
     return [(source.to(device, dtype), target.to(device, dtype)) for source, target in loaded]
 
 
-def batch_shapes(loader: Loader, config: TrainConfig) -> list[tuple[int, int, int, int]]:
-    """Every shape of images that the run will meet: the batch, and an epoch's last, smaller one."""
-    sizes = {min(config.batch_size, len(loader)), len(loader) % config.batch_size} - {0}
+def batch_shapes(
+    loader: Loader, config: TrainConfig, position: int = 0
+) -> list[tuple[int, int, int, int]]:
+    """Every shape of images that the run will meet from sample ``position`` of an epoch on: the batch, and an
+    epoch's last, smaller one."""
+    sizes = {batch.share for start in (0, position) for batch in loader.rest_of_epoch(start)}
     return [(size, 3, config.crop_size, config.crop_size) for size in sorted(sizes, reverse=True)]
 
 
@@ -111,21 +119,34 @@ def start_line(config: TrainConfig, loader: Loader, root: Path, prepared: Prepar
     )
 
 
-def train(config: TrainConfig) -> None:
-    """Run training as ``config`` says. Raises UserError for what the user can mend."""
-    with run_folder.owned(config.run_folder):
-        _train(config)
+def train(config: TrainConfig, ranks: Ranks = ALONE) -> None:
+    """Run training as ``config`` says, together with the other ``ranks``. Raises UserError for what the user
+    can mend."""
+    with run_folder.owned(config.run_folder) if ranks.first else nullcontext():
+        _train(config, ranks)
 
 
-def _train(config: TrainConfig) -> None:
-    found = find_checkpoint(config)
-    device = choose_device(config.device)
+def _train(config: TrainConfig, ranks: Ranks) -> None:
+    alone = ranks.size == 1
+    found = ranks.first_decides(lambda: find_checkpoint(config))
+    if alone:
+        device = choose_device(config.device)
+    else:
+        device = device_of_rank(config.device, ranks.local_rank, ranks.local_size)
+        ranks.check_same("--device", device.type)
     if config.device == "auto" and (reason := why_no_gpu()):
         print(f"training on the CPU: {reason}")
     precision = choose_precision(config.precision, device)
-    root = data_folder(config)
-    loader = open_loader(root, config.loader_options(), device=device, dtype=WORKING_TYPES[precision])
-    samples = sample_pairs(root, config, device, WORKING_TYPES[precision])
+    ranks.check_same("--precision", precision)
+    ranks.open_exchange(device)
+    with ranks.one_by_one():
+        root = data_folder(config)
+    loader = open_loader(
+        root, config.loader_options(ranks.rank, ranks.size), device=device, dtype=WORKING_TYPES[precision]
+    )
+    names = hashlib.sha256("\n".join(pair.name for pair in loader.pairs).encode()).hexdigest()
+    ranks.check_same(f"--dataroot {root}", f"{len(loader)} pairs, whose names have the digest {names[:8]}")
+    samples = sample_pairs(root, config, device, WORKING_TYPES[precision]) if ranks.first else []
     prepared = prepare_step(
         *build_networks(config.network_options()),
         dataclasses.replace(config.step_options(), precision=precision),
@@ -137,29 +158,39 @@ def _train(config: TrainConfig) -> None:
         or not environment.verified_before(
             found[1].get("environment"), device, precision, graph=not config.no_graph
         ),
+        ranks=ranks,
     )
-    prepared.capture(batch_shapes(loader, config))
     step = prepared.step
     at = Position() if found is None else restore(step, found[1], found[0])
+    if not loader.rest_of_epoch(at.sample):  # too few for so many ranks
+        at = Position(at.steps, at.epoch + 1)
+    prepared.capture(batch_shapes(loader, config, at.sample))
     folder = config.run_folder
-    run_folder.write_request(config)
 
     def environment_block() -> dict:
-        data = {"loader": loader.kind, "direction": config.resolved_direction()}
+        data = {"loader": loader.kind, "direction": config.resolved_direction(), "processes": str(ranks.size)}
         return environment.describe(device, prepared.resolved() | data)
 
-    run_folder.write_environment(environment_block(), folder)
-    total = config.total_steps(loader.batches_per_epoch)
-    print(start_line(config, loader, root, prepared, total))
-
-    monitor = Monitor(
-        folder,
-        first_step=at.steps,
-        total_steps=total,
-        batch_size=config.batch_size,
-        gan_mode=config.gan_mode,
-        samples=samples,
+    total = at.steps + config.steps_left(
+        at.steps, at.epoch, len(loader.rest_of_epoch(at.sample)), loader.batches_per_epoch
     )
+    if ranks.first:
+        run_folder.write_request(config)
+        run_folder.write_environment(environment_block(), folder)
+    print(start_line(config, loader, root, prepared, total))
+    if not alone:
+        print(ranks_line(config, ranks, device))
+
+    monitor: Any = NoMonitor()
+    if ranks.first:
+        monitor = Monitor(
+            folder,
+            first_step=at.steps,
+            total_steps=total,
+            batch_size=config.batch_size * ranks.size,
+            gan_mode=config.gan_mode,
+            samples=samples,
+        )
     first = tried = at.steps  # tried: the newest step that was saved, or could not be
 
     def save() -> None:
@@ -170,14 +201,17 @@ def _train(config: TrainConfig) -> None:
             block = environment_block()
             state = training_state(step, config, block, at)
             check_finite(state)  # it must not displace a good one
-            checkpoint.save(folder, at.steps, state, config.keep_checkpoints)
-            run_folder.write_environment(block, folder)  # the loader may have fallen back
+            if ranks.first:
+                checkpoint.save(folder, at.steps, state, config.keep_checkpoints)
+                run_folder.write_environment(block, folder)  # the loader may have fallen back
             monitor.report()
 
     stopped = f"the run goes on with --continue_train --name {config.name}"
 
     def stop_waiting() -> None:
         """A stop request while the loader is awaited, which may never answer."""
+        if not alone:
+            return  # no rank can save alone
         try:
             if at.steps > tried:
                 save()
@@ -188,15 +222,24 @@ def _train(config: TrainConfig) -> None:
         end_at_once(stops.exit_code)
 
     stream = loader.stream(at.epoch, at.sample)
-    within_step = False  # then the state in memory is neither the old nor the new one
-    with stop_requests(stop_waiting) as stops:
+    # Of an error within a step, the state in memory is neither the old nor the new one; of one elsewhere than
+    # in the loader other ranks do not know, so that they don't save.
+    within_step, verdict = False, 0
+    with stop_requests(stop_waiting, among_others=not alone, quiet=not ranks.first) as stops:
         try:
-            while at.steps < total and not stops:
+            while at.steps < total and not (alone and stops):
                 began = time.perf_counter()
-                with stops.waiting():
-                    batch = next(stream)
+                try:
+                    with stops.waiting():
+                        batch = next(stream)
+                except Exception:
+                    verdict = ranks.agree(FAILED)
+                    raise
                 monitor.waited(time.perf_counter() - began)
-                lr = config.lr_at(at.steps, loader.batches_per_epoch)
+                if not alone and (verdict := ranks.agree(stops.received[0] if stops else 0)):
+                    stops.agree_on(verdict)
+                    break
+                lr = config.lr_at(at.epoch)
                 step.set_lr(lr)
                 within_step = True
                 with uninterrupted():
@@ -214,11 +257,13 @@ def _train(config: TrainConfig) -> None:
                 monitor.show_samples(at.steps, lr, step)
             if at.steps > tried:
                 save()
-        except NotFinite:
+        except (NotFinite, RankGone):
             raise
         except Exception as error:
-            if at.steps > tried and not within_step:
+            if at.steps > tried and not within_step and (alone or verdict):
                 save_in_spite_of(save, at.steps)
+            if verdict:
+                ranks.part()
             if "DataLoader worker" in str(error):
                 raise UserError(
                     f"a process that decodes images ended ({error}); go on with --continue_train, with fewer "
@@ -229,6 +274,11 @@ def _train(config: TrainConfig) -> None:
             monitor.close()
             with stops.limited(f"stopped at step {at.steps}; {stopped}"):
                 loader.close()
+            prepared.release()
+        stops.finish()
+        ranks.part()
+    if verdict == FAILED:
+        sys.exit(2)
     if stops:
         print(f"stopped at step {at.steps}; {stopped}")
         sys.exit(stops.exit_code)
@@ -245,6 +295,24 @@ def save_in_spite_of(save: Callable[[], None], steps: int) -> None:
         say(f"step {steps} is saved; --continue_train goes on from it")
 
 
+def ranks_line(config: TrainConfig, ranks: Ranks, device: torch.device) -> str:
+    """How many processes train, on what, and what a step of all of them is."""
+    each, backend = ("GPU", "NCCL") if device.type == "cuda" else ("CPU process", "gloo")
+    return (
+        f"{ranks.size} processes, one a {each} ({backend}): --batch_size {config.batch_size} in each makes "
+        f"{config.batch_size * ranks.size} pairs a step; gradients and losses are means over all"
+    )
+
+
+def requested(argv: Sequence[str] | None) -> TrainConfig:
+    """The configuration that the flags and, of a continued run, its folder ask for. A run that torchrun has
+    started again goes on from its newest checkpoint, if there is one."""
+    config = cli.parse(TrainConfig, cli.program(train), argv, default=saved_request)
+    if restarted() and checkpoint.latest(config.run_folder) is not None:
+        return dataclasses.replace(config, continue_train=True)
+    return config
+
+
 def saved_request(argv: Sequence[str]) -> TrainConfig | None:
     """What the run to continue was asked for, over which flags are laid before anything is checked; None for
     a new run. A flag that sets the length takes the place of the length that was saved."""
@@ -258,7 +326,8 @@ def saved_request(argv: Sequence[str]) -> TrainConfig | None:
         flags, others = parser.parse_known_args(argv)
     except argparse.ArgumentError:
         return None  # the real parser says what is wrong
-    if not flags.continue_train:
+    again = restarted() and checkpoint.latest(flags.checkpoints_dir / flags.name) is not None
+    if not (flags.continue_train or again):
         return None
     check_name(flags.name)
     saved = run_folder.read_request(flags.checkpoints_dir / flags.name)
@@ -272,7 +341,8 @@ def saved_request(argv: Sequence[str]) -> TrainConfig | None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse and train. A continued run takes what no flag says from its own ``config.json``."""
-    cli.run(TrainConfig, train, argv, default=saved_request)
+    with joined() as ranks, cli.reporting(ranks.complain):
+        train(ranks.first_decides(lambda: requested(argv)), ranks)
 
 
 if __name__ == "__main__":

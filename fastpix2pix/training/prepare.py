@@ -16,6 +16,7 @@ from fastpix2pix.kernels.language import HAS_TRITON
 from fastpix2pix.kernels.precompile import precompile
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
 from fastpix2pix.training.diagnosis import explain
+from fastpix2pix.training.distributed import ALONE, Ranks
 from fastpix2pix.training.graph import CapturedStep
 from fastpix2pix.training.losses import Losses
 from fastpix2pix.training.options import Precision, StepOptions
@@ -57,6 +58,11 @@ class PreparedStep:
             blank = torch.zeros(shape, dtype=self.dtype, device=self.device)
             blank = blank.contiguous(memory_format=torch.channels_last)
             self.run.capture(blank, blank.clone(memory_format=torch.preserve_format))
+
+    def release(self) -> None:
+        """Let go of all graphs, before the ranks of a training leave their group."""
+        if isinstance(self.run, CapturedStep):
+            self.run.release()
 
     def resolved(self) -> dict[str, str]:
         """What this machine made of the request, in words, for people and for the run's record."""
@@ -118,6 +124,7 @@ def prepare_step(
     graph: bool = True,
     check: bool = True,
     say: Callable[[str], None] = print,
+    ranks: Ranks = ALONE,
 ) -> PreparedStep:
     """A ``TrainStep`` on ``device``, ready to train.
 
@@ -125,7 +132,7 @@ def prepare_step(
     computed is set, a CPU process keeps its freed memory. On a GPU the kernels for ``batch_sizes`` images of
     ``image_size`` pixels a side are compiled in parallel; then (``check``) the step is held against its
     reference on one image, and what does not work is given up (``verify_or_fall_back``); with ``graph`` it is
-    captured when it first runs, or by ``capture``.
+    captured when it first runs, or by ``capture``. ``ranks``: that train together, all of which call this.
 
     Raises UserError for a precision that the device lacks, and as ``verify_or_fall_back`` does.
     """
@@ -135,7 +142,8 @@ def prepare_step(
     if on_gpu:
         set_float32_math(precision)
         networks = Networks(generator, discriminator)
-        compile_kernels(networks, options, device, image_size, batch_sizes, say)
+        with ranks.machine_by_machine():  # the others find the first one's kernels in Triton's cache
+            compile_kernels(networks, options, device, image_size, batch_sizes, say)
         if check:
             graph = verify_or_fall_back(
                 lambda captured: compare_with_reference(
@@ -148,5 +156,5 @@ def prepare_step(
             torch.cuda.empty_cache()  # what the check took is free again before training allocates
     else:
         keep_freed_memory()
-    step = TrainStep(generator.to(device), discriminator.to(device), options)
+    step = TrainStep(generator.to(device), discriminator.to(device), options, ranks.exchange)
     return PreparedStep(step, CapturedStep(step) if on_gpu and graph else step, device, precision)

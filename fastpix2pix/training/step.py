@@ -1,6 +1,8 @@
 """One GAN update as one plain function: forward passes, losses, backward passes, both Adams."""
 
 import weakref
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +12,18 @@ from fastpix2pix.kernels.adam import LARGE
 from fastpix2pix.kernels.gan_loss import gan_loss, gan_target_loss
 from fastpix2pix.kernels.reference import GanLoss, compute_dtype
 from fastpix2pix.models.blocks import set_working_type
+from fastpix2pix.training.distributed import Exchange
 from fastpix2pix.training.losses import Losses, LossRing
 from fastpix2pix.training.optim import LossScale, MasterAdam
 from fastpix2pix.training.options import StepOptions
 from fastpix2pix.training.players import Backward, Drawn, FusedPlayers, players_for
 from fastpix2pix.training.precision import WORKING_TYPES
+from fastpix2pix.training.sharded import ShardedAdam, exchanged_updates
+
+Between = Callable[[], None]
+"""What the host does between two segments of a step: an exchange with the other ranks."""
+
+Updates = Generator[Between, None, Losses]
 
 
 class TrainStep:
@@ -35,9 +44,19 @@ class TrainStep:
 
     ``options.precision`` bf16 or fp16 converts our own networks' convolutions; the optimizers keep the
     float32 weights they came with as masters. Weights in float16 get a dynamic ``loss_scale``.
+
+    ``exchange``: of several ranks, which make the same calls, each on its own images. Gradients are the mean
+    over all ranks, and so are the losses; batch statistics are each rank's own, and so is dropout. Weights
+    are rank 0's to begin with, and stay equal bit for bit.
     """
 
-    def __init__(self, generator: nn.Module, discriminator: nn.Module, options: StepOptions | None = None):
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        options: StepOptions | None = None,
+        exchange: Exchange | None = None,
+    ):
         options = StepOptions() if options is None else options
         self.generator, self.discriminator, self.options = generator, discriminator, options
         self.rule = options.rules.update
@@ -57,8 +76,10 @@ class TrainStep:
             "keras_eps": self.rule.keras_eps,
             "loss_scale": self.loss_scale,
         }
-        self.gen_optimizer = MasterAdam(generator.parameters(), **adam)
-        self.disc_optimizer = MasterAdam(discriminator.parameters(), **adam)
+        self.exchange = exchange
+        optimizer = MasterAdam if exchange is None else partial(ShardedAdam, exchange=exchange)
+        self.gen_optimizer = optimizer(generator.parameters(), **adam)
+        self.disc_optimizer = optimizer(discriminator.parameters(), **adam)
         self.gen_optimizer.set_masters(masters[0])
         self.disc_optimizer.set_masters(masters[1])
         self.lambda_l1 = torch.tensor(
@@ -67,8 +88,11 @@ class TrainStep:
         self.ring = LossRing(options.print_freq, weight.device)
         self.steps_taken = 0
         self.fake: Tensor | None = None
+        self._exchanged_losses = torch.zeros(len(Losses._fields), device=weight.device)
         self._updating_early = False
-        if fused and self.loss_scale is None:
+        if fused and exchange is not None:
+            self.set_dropout_rng(generator.rng)
+        elif fused and self.loss_scale is None:
             for optimizer in (self.gen_optimizer, self.disc_optimizer):
                 self._update_large_weights_early(optimizer)
 
@@ -78,9 +102,21 @@ class TrainStep:
         return self.stepped()
 
     def body(self, source: Tensor, target: Tensor) -> None:
-        """The step as the device sees it: it talks to the host nowhere, so it can be captured."""
+        """The step as the device sees it, with the exchanges between its segments."""
+        for between in self.segments(source, target):
+            between()
+
+    def segments(self, source: Tensor, target: Tensor) -> Iterator[Between]:
+        """The step as the device sees it, in segments that talk to the host nowhere, so that each can be
+        captured: a generator of what the host does between two of them. Without an exchange it is one segment.
+        """
         update = self._simultaneous if self.rule.simultaneous else self._alternating
-        losses = update(source, target)
+        losses = yield from update(source, target)
+        if self.exchange is not None:
+            share = torch.stack([loss.to(self._exchanged_losses.dtype) for loss in losses])
+            torch.mul(share, 1 / self.exchange.size, out=self._exchanged_losses)
+            yield partial(self.exchange.sum_, self._exchanged_losses)
+            losses = Losses(*self._exchanged_losses.unbind())
         if self.loss_scale is not None:
             self.loss_scale.update()
         self.ring.write(losses)
@@ -105,6 +141,22 @@ class TrainStep:
         self.gen_optimizer.upload_lr()
         self.disc_optimizer.upload_lr()
 
+    def set_dropout_rng(self, rng: Tensor) -> None:
+        """Of our own generator: let dropout go on from rank 0's ``rng``, int64 (seed, step): every rank draws from a key of its own."""
+        self.generator.rng.copy_(rng)
+        if self.exchange is not None:
+            self.generator.rng[0] += self.exchange.rank << 32
+
+    @torch.no_grad()
+    def average_statistics(self) -> None:
+        """Give all ranks the mean of their running statistics. All ranks call it together."""
+        if self.exchange is None:
+            return
+        for network in (self.generator, self.discriminator):
+            for buffer in network.buffers():
+                if buffer.is_floating_point():
+                    self.exchange.sum_(buffer.div_(self.exchange.size))
+
     def state(self) -> list[Tensor]:
         """Every tensor that outlives a step and that a step changes."""
         tensors = [self.ring.rows, self.ring.written]
@@ -123,12 +175,12 @@ class TrainStep:
 
     # ----------------------------------------------------------------------------------- update rules
 
-    def _simultaneous(self, source: Tensor, target: Tensor) -> Losses:
+    def _simultaneous(self, source: Tensor, target: Tensor) -> Updates:
         """The tutorial's: both gradients at the same weights, one forward pass of D over the fake image."""
         drawn = self._draw(source, target)
         logits, fake_logits = self.players.logits_of_both(drawn, through_fake=True)
         gan = self._gan_loss(logits)
-        self._update(
+        yield from self._update(
             Backward(logits, gan.disc_grad, self.disc_optimizer),
             Backward(fake_logits, gan.gen_grad, self.gen_optimizer),
             Backward(drawn.l1, self._l1_gradient, self.gen_optimizer),
@@ -136,18 +188,18 @@ class TrainStep:
         disc, gen, real, fake = gan.losses.unbind()
         return self._losses(gen, drawn.l1, disc, real, fake)
 
-    def _alternating(self, source: Tensor, target: Tensor) -> Losses:
+    def _alternating(self, source: Tensor, target: Tensor) -> Updates:
         """junyanz's: D steps on the image, then G against the new D."""
         drawn = self._draw(source, target)
         logits, _ = self.players.logits_of_both(drawn, through_fake=False)
         gan = self._gan_loss(logits)
-        self._update(Backward(logits, gan.disc_grad, self.disc_optimizer))
+        yield from self._update(Backward(logits, gan.disc_grad, self.disc_optimizer))
 
         fake_logits = self.players.logits_of_fake(drawn)
         gen, gen_grad = gan_target_loss(
             fake_logits.detach(), True, mode=self.options.gan_mode, scale=self._scale
         )
-        self._update(
+        yield from self._update(
             Backward(fake_logits, gen_grad, self.gen_optimizer),
             Backward(drawn.l1, self._l1_gradient, self.gen_optimizer),
         )
@@ -183,9 +235,15 @@ class TrainStep:
 
     # ----------------------------------------------------------------------------------------- updates
 
-    def _update(self, *paths: Backward) -> None:
+    def _update(self, *paths: Backward) -> Iterator[Between]:
         """Send the gradients back, and update the weights of the optimizers that they are for."""
         optimizers = list(dict.fromkeys(path.optimizer for path in paths))
+        if self.exchange is not None:
+            self.players.backward(paths)
+            for optimizer in optimizers:
+                optimizer.pack()
+            yield from exchanged_updates(optimizers)
+            return
         # With a loss scale no weight may move before all gradients are known to be finite.
         early = self.loss_scale is None
         if early:

@@ -136,13 +136,13 @@ def test_a_capture_that_fails_leaves_an_eager_step_that_works(device):
         device = choose_device("{device}")
         options, networks = StepOptions(precision="fp32"), NetworkOptions(netG="unet_64", ngf=8, ndf=8)
         step, eager, other = (TrainStep(*build_networks(networks, device), options) for _ in range(3))
-        body = step.body
+        segments = step.segments
 
         def synchronising(source, target):
             source.sum().item()
-            body(source, target)
+            yield from segments(source, target)
 
-        step.body = synchronising
+        step.segments = synchronising
         images = [image.to(device) for image in random_pairs(1, 64)[0]]
         captured, second = CapturedStep(step), CapturedStep(other)
         with warnings.catch_warnings(record=True) as caught:
