@@ -19,8 +19,11 @@ from fastpix2pix.training.options import GanMode, Precision, StepOptions
 
 Part = TypeVar("Part", NetworkOptions, StepOptions)
 
-NOT_OF_THE_RUN = ("continue_train", "force")
+NOT_OF_THE_RUN = ("continue_train", "force", "quick")
 """Flags that say what to do with a run, and are no part of it."""
+
+QUICK = {"ngf": 16, "ndf": 16, "steps": 1500, "display_freq": 250}
+"""What --quick stands for."""
 
 TASK = ("dataroot", "dataset", "direction", "load_size", "crop_size", "no_flip", "gan_mode")
 """Flags that make another task of a run when they change in its middle."""
@@ -50,6 +53,9 @@ class TrainConfig:
     """Continue the run NAME exactly where its newest checkpoint left it. What no flag says is as it was."""
     force: bool = False
     """Continue a run although a flag changes its task: its data, direction or sizes."""
+    quick: bool = False
+    """A first look, in minutes on a CPU: --ngf 16 --ndf 16 --steps 1500 --display_freq 250, where no flag
+    says otherwise."""
     preset: PresetName = NetworkOptions.preset
     """Whose pix2pix: the TensorFlow tutorial's, or pytorch-CycleGAN-and-pix2pix's. They differ in network,
     update rule, Adam, resize filter and direction."""
@@ -101,8 +107,11 @@ class TrainConfig:
     """Of the weights, of the order, crops and flips, and of dropout."""
     loader: Literal["auto", "dali", "portable"] = LoaderOptions.loader
     """DALI where it is installed, else the portable loader. Both produce the same samples."""
-    num_threads: int = LoaderOptions.num_threads
-    """Threads or workers that decode images."""
+    threads: int | None = None
+    """CPU threads that compute. Default: a thread for each core that this process may use."""
+    num_threads: int | None = None
+    """Threads or workers that decode images. Default: 4; beside a step that computes on the CPU, no more than
+    half the cores."""
     cache: float = 1.0
     """GiB for keeping the decoded data set (on the GPU where there is one); 0 decodes in every epoch."""
     print_freq: int = StepOptions.print_freq
@@ -120,7 +129,7 @@ class TrainConfig:
         for field in ("display_freq", "save_latest_freq", "keep_checkpoints"):
             if getattr(self, field) < 1:
                 raise UserError(f"--{field} {getattr(self, field)}: give a number of at least 1")
-        for field, least in (("steps", 1), ("n_epochs", 1), ("n_epochs_decay", 0)):
+        for field, least in (("steps", 1), ("n_epochs", 1), ("n_epochs_decay", 0), ("threads", 1)):
             if getattr(self, field) is not None and getattr(self, field) < least:
                 raise UserError(f"--{field} {getattr(self, field)}: give a number of at least {least}")
         if self.steps is not None and (self.n_epochs is not None or self.n_epochs_decay is not None):
@@ -169,7 +178,7 @@ class TrainConfig:
             batch_size=self.batch_size,
             seed=self.seed,
             loader=self.loader,
-            num_threads=self.num_threads,
+            num_threads=LoaderOptions.num_threads if self.num_threads is None else self.num_threads,
             cache_bytes=_gib(self.cache),
             rank=rank,
             ranks=ranks,

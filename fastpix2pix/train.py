@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from fastpix2pix import checkpoint, cli, environment, run_folder
-from fastpix2pix.config import TrainConfig, check_changes, check_name
+from fastpix2pix.config import QUICK, TrainConfig, check_changes, check_name
+from fastpix2pix.cores import CoreShare, loader_threads, use_threads
 from fastpix2pix.data import Loader, find_pairs, load_pair, open_loader
 from fastpix2pix.data.check import refuse_other_layouts
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
 from fastpix2pix.device import choose_device, device_of_rank, why_no_gpu
 from fastpix2pix.errors import NotFinite, UserError
 from fastpix2pix.models import build_networks
-from fastpix2pix.monitor import Monitor, NoMonitor
+from fastpix2pix.monitor import FIRST_LOSSES, Monitor, NoMonitor
 from fastpix2pix.signals import end_at_once, say, stop_requests, uninterrupted
 from fastpix2pix.training.distributed import ALONE, RankGone, Ranks, joined, restarted
 from fastpix2pix.training.precision import WORKING_TYPES, choose_precision
@@ -92,9 +93,7 @@ def sample_pairs(
     return [(source.to(device, dtype), target.to(device, dtype)) for source, target in loaded]
 
 
-def batch_shapes(
-    loader: Loader, config: TrainConfig, position: int = 0
-) -> list[tuple[int, int, int, int]]:
+def batch_shapes(loader: Loader, config: TrainConfig, position: int = 0) -> list[tuple[int, int, int, int]]:
     """Every shape of images that the run will meet from sample ``position`` of an epoch on: the batch, and an
     epoch's last, smaller one."""
     sizes = {batch.share for start in (0, position) for batch in loader.rest_of_epoch(start)}
@@ -113,8 +112,8 @@ def start_line(config: TrainConfig, loader: Loader, root: Path, prepared: Prepar
     else:
         how.append(f"{torch.get_num_threads()} threads")
     return (
-        f"{len(loader)} pairs from {root} ({loader.kind} loader, {config.num_threads} threads; {direction}: "
-        f"the {half} half is the input), {total} steps on {prepared.device} "
+        f"{len(loader)} pairs from {root} ({loader.kind} loader, {loader.options.num_threads} threads; "
+        f"{direction}: the {half} half is the input), {total} steps on {prepared.device} "
         f"({environment.device_name(prepared.device)}; {', '.join(how)}), run in {config.run_folder}"
     )
 
@@ -136,14 +135,17 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
         ranks.check_same("--device", device.type)
     if config.device == "auto" and (reason := why_no_gpu()):
         print(f"training on the CPU: {reason}")
+    use_threads(config.threads)
     precision = choose_precision(config.precision, device)
     ranks.check_same("--precision", precision)
     ranks.open_exchange(device)
     with ranks.one_by_one():
         root = data_folder(config)
-    loader = open_loader(
-        root, config.loader_options(ranks.rank, ranks.size), device=device, dtype=WORKING_TYPES[precision]
-    )
+    options = config.loader_options(ranks.rank, ranks.size)
+    if device.type == "cpu" and config.num_threads is None:
+        threads = max(1, loader_threads(options.num_threads) // ranks.local_size)
+        options = dataclasses.replace(options, num_threads=threads)
+    loader = open_loader(root, options, device=device, dtype=WORKING_TYPES[precision])
     names = hashlib.sha256("\n".join(pair.name for pair in loader.pairs).encode()).hexdigest()
     ranks.check_same(f"--dataroot {root}", f"{len(loader)} pairs, whose names have the digest {names[:8]}")
     samples = sample_pairs(root, config, device, WORKING_TYPES[precision]) if ranks.first else []
@@ -222,6 +224,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
         end_at_once(stops.exit_code)
 
     stream = loader.stream(at.epoch, at.sample)
+    share = CoreShare(torch.get_num_threads())
     # Of an error within a step, the state in memory is neither the old nor the new one; of one elsewhere than
     # in the loader other ranks do not know, so that they don't save.
     within_step, verdict = False, 0
@@ -249,6 +252,8 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
                 monitor.stepped()
                 if monitor.losses_due(at.steps, config.print_freq):
                     monitor.read_losses(at.steps, lr, step)
+                    if device.type == "cpu" and at.steps - first == FIRST_LOSSES and (line := share.advice()):
+                        say(line)
                 if monitor.samples_due(at.steps, config.display_freq):
                     monitor.show_samples(at.steps, lr, step)
                 if at.steps % config.save_latest_freq == 0:
@@ -307,17 +312,21 @@ def ranks_line(config: TrainConfig, ranks: Ranks, device: torch.device) -> str:
 def requested(argv: Sequence[str] | None) -> TrainConfig:
     """The configuration that the flags and, of a continued run, its folder ask for. A run that torchrun has
     started again goes on from its newest checkpoint, if there is one."""
-    config = cli.parse(TrainConfig, cli.program(train), argv, default=saved_request)
-    if restarted() and checkpoint.latest(config.run_folder) is not None:
-        return dataclasses.replace(config, continue_train=True)
-    return config
+    config = cli.parse(TrainConfig, cli.program(train), argv, default=defaults)
+    return dataclasses.replace(config, continue_train=True) if _goes_on(config.run_folder) else config
 
 
-def saved_request(argv: Sequence[str]) -> TrainConfig | None:
-    """What the run to continue was asked for, over which flags are laid before anything is checked; None for
-    a new run. A flag that sets the length takes the place of the length that was saved."""
+def _goes_on(folder: Path) -> bool:
+    """Whether torchrun has started the run in ``folder`` again, after it saved a checkpoint."""
+    return restarted() and checkpoint.latest(folder) is not None
+
+
+def defaults(argv: Sequence[str]) -> TrainConfig | None:
+    """What flags are laid over before anything is checked: what the run to continue was asked for, or what
+    --quick stands for; None for neither. A flag that sets the length takes the place of theirs."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--continue_train", "--continue-train", action="store_true")
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--name", default=TrainConfig.name)
     parser.add_argument(
         "--checkpoints_dir", "--checkpoints-dir", type=Path, default=TrainConfig.checkpoints_dir
@@ -326,11 +335,13 @@ def saved_request(argv: Sequence[str]) -> TrainConfig | None:
         flags, others = parser.parse_known_args(argv)
     except argparse.ArgumentError:
         return None  # the real parser says what is wrong
-    again = restarted() and checkpoint.latest(flags.checkpoints_dir / flags.name) is not None
-    if not (flags.continue_train or again):
+    if flags.continue_train or _goes_on(flags.checkpoints_dir / flags.name):
+        check_name(flags.name)
+        saved = run_folder.read_request(flags.checkpoints_dir / flags.name)
+    elif flags.quick:
+        saved = TrainConfig(**QUICK)
+    else:
         return None
-    check_name(flags.name)
-    saved = run_folder.read_request(flags.checkpoints_dir / flags.name)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in others if word.startswith("--")}
     if "steps" in given:
         saved = dataclasses.replace(saved, n_epochs=None, n_epochs_decay=None)

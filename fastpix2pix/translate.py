@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastpix2pix import cli
+from fastpix2pix.cores import use_threads
 from fastpix2pix.data.options import Direction
 from fastpix2pix.data.pairs import EXTENSIONS, FORMATS, UNREADABLE, natural_order, read_rgb
 from fastpix2pix.errors import UserError
@@ -56,6 +57,7 @@ class TranslateConfig:
 
 def translate(config: TranslateConfig) -> None:
     """Translate what ``config`` names and say where it is. Raises UserError for what the user can mend."""
+    use_threads(None)
     translator = load(
         config.run,
         device=config.device,

@@ -19,6 +19,30 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# ---------------------------------------------------------------------------------- deep convolutions
+
+
+def deep_conv_small(big: Tensor, weight: Tensor) -> Tensor:
+    """A convolution with stride 2 and padding 1: (N, Cb, 2 h, 2 w) and (Cs, Cb, 4, 4) to (N, Cs, h, w)."""
+    dtype = compute_dtype(big.dtype)
+    return F.conv2d(big.to(dtype), weight.to(dtype), stride=2, padding=1).to(big.dtype)
+
+
+def deep_conv_big(small: Tensor, weight: Tensor) -> Tensor:
+    """The transposed one: (N, Cs, h, w) and (Cs, Cb, 4, 4) to (N, Cb, 2 h, 2 w)."""
+    dtype = compute_dtype(small.dtype)
+    return F.conv_transpose2d(small.to(dtype), weight.to(dtype), stride=2, padding=1).to(small.dtype)
+
+
+def deep_conv_weight(small: Tensor, big: Tensor) -> Tensor:
+    """The weight gradient of either, (Cs, Cb, 4, 4), from its two images, one of which is a gradient."""
+    dtype = compute_dtype(small.dtype)
+    patches = F.unfold(big.to(dtype), kernel_size=4, stride=2, padding=1)  # (N, Cb * 16, h * w)
+    gradient = torch.einsum("nsp,nkp->sk", small.to(dtype).flatten(2), patches)
+    gradient = gradient.view(small.shape[1], big.shape[1], 4, 4)
+    return gradient.to(small.dtype, memory_format=torch.channels_last)
+
+
 # --------------------------------------------------------------------------------------------- dropout
 
 _LOW = 0xFFFFFFFF

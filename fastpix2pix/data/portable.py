@@ -1,7 +1,6 @@
 """Pairs decoded by Pillow in the worker processes of a torch DataLoader, where DALI cannot be had."""
 
 import gc
-import os
 import signal
 from collections.abc import Iterator
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastpix2pix.cores import usable_cores
 from fastpix2pix.data.pairs import Pair
 from fastpix2pix.data.resize import Interpolation, resize
 from fastpix2pix.errors import UserError
@@ -53,7 +53,7 @@ def resized_chunks(
         ResizedPairs(pairs, load_size, interpolation),
         batch_size=None,
         sampler=requests,
-        num_workers=min(num_threads, _cores()),
+        num_workers=min(num_threads, usable_cores()),
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_signals_to_the_parent,
     )
@@ -74,10 +74,6 @@ def _forked(loader: DataLoader) -> Iterator:
         return iter(loader)
     finally:
         gc.unfreeze()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

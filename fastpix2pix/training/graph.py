@@ -89,9 +89,7 @@ class CudaBackend:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             # thread_local: DALI, NCCL and pinned-memory threads may call CUDA while this thread captures.
-            with torch.cuda.graph(
-                graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
-            ):
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
                 segment()
         except Exception as error:
             CudaBackend.failure = first_line(error)

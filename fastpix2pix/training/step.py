@@ -107,8 +107,8 @@ class TrainStep:
             between()
 
     def segments(self, source: Tensor, target: Tensor) -> Iterator[Between]:
-        """The step as the device sees it, in segments that talk to the host nowhere, so that each can be
-        captured: a generator of what the host does between two of them. Without an exchange it is one segment.
+        """The step in segments that talk to the host nowhere, so that each can be captured: a generator of what
+        the host does between two of them. Without an exchange it is one segment.
         """
         update = self._simultaneous if self.rule.simultaneous else self._alternating
         losses = yield from update(source, target)
@@ -142,7 +142,8 @@ class TrainStep:
         self.disc_optimizer.upload_lr()
 
     def set_dropout_rng(self, rng: Tensor) -> None:
-        """Of our own generator: let dropout go on from rank 0's ``rng``, int64 (seed, step): every rank draws from a key of its own."""
+        """Let the dropout of our own generator go on from rank 0's ``rng``, int64 (seed, step); the other ranks
+        draw from seeds of their own."""
         self.generator.rng.copy_(rng)
         if self.exchange is not None:
             self.generator.rng[0] += self.exchange.rank << 32

@@ -225,6 +225,6 @@ def test_every_flag_has_its_kind():
 
     free = set(vars(TrainConfig())) - {*ARCHITECTURE, *NOT_OF_THE_RUN, *TASK}
     names = """name checkpoints_dir batch_size no_dropout lambda_L1 lr beta1 steps n_epochs n_epochs_decay
-        device precision no_graph seed loader num_threads cache print_freq display_freq save_latest_freq
-        keep_checkpoints"""
+        device precision no_graph seed loader threads num_threads cache print_freq display_freq
+        save_latest_freq keep_checkpoints"""
     assert free == {*names.split()}
