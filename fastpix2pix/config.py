@@ -203,7 +203,7 @@ class TrainConfig:
 
     def steps_left(self, done: int, epoch: int, left_of_epoch: int, steps_per_epoch: int) -> int:
         """Steps to the end of the run after ``done`` of them, in its ``epoch``-th epoch from 0, of which
-        ``left_of_epoch`` steps are to come. A length in epochs holds whatever batches were made of them before.
+        ``left_of_epoch`` steps are to come. A length in epochs holds whatever the batches were before.
         """
         if self._epochs is not None:
             following = sum(self._epochs) - epoch - 1

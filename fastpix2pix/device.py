@@ -57,7 +57,7 @@ def device_of_rank(name: str, local_rank: int, local_size: int) -> torch.device:
         if torch.cuda.is_available() and torch.cuda.device_count() < local_size:
             raise UserError(
                 f"--device cuda: {local_size} processes on this machine, which has "
-                f"{torch.cuda.device_count()} GPUs; give torchrun --nproc_per_node={torch.cuda.device_count()}"
+                f"{torch.cuda.device_count()} GPUs; give torchrun as many as there are by --nproc_per_node"
             )
         name = f"cuda:{local_rank}"
     return choose_device(name)

@@ -16,7 +16,7 @@ class Plan(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The plan of samples of one epoch that are decoded together: those of one rank in consecutive batches."""
+    """The plan of samples that are decoded together: those of one rank in consecutive batches of an epoch."""
 
     epoch: int
     batches: tuple["GlobalBatch", ...]

@@ -74,8 +74,10 @@ class Exchange:
         return lambda: self._wait(work)
 
     def gather(self, whole: Tensor, share: Tensor) -> Wait:
-        """Start to put all ranks' shares into their ``whole``, of which ``share`` may be the rank's own slice;
-        shapes and what is returned as in ``scatter_sum``."""
+        """Start to put all ranks' shares into ``whole``, of which ``share`` may be the rank's own slice.
+
+        Shapes, and what is returned, as in ``scatter_sum``.
+        """
         self._outside_graphs()
         with _collective():
             work = _all_gather(whole, share, group=self._group, async_op=True)

@@ -1,7 +1,7 @@
 """Adam of a network that several ranks train: each updates its share of the weights.
 
 A network's weights lie in one flat buffer for each of their types, its gradients in another, and rank r owns
-the r-th of ``size`` equal slices. In a step the ranks' gradients are summed slice by slice where their owner is
+the r-th of ``size`` equal slices. In a step the ranks' gradients are summed slice by slice where the owner is
 (reduce-scatter), the owner updates its slice, and all get the new weights (all-gather): together the bytes of
 one all-reduce, while Adam's masters, moments and traffic are divided by the number of ranks.
 """
@@ -19,8 +19,8 @@ from fastpix2pix.training.distributed import Exchange, Wait
 from fastpix2pix.training.optim import MasterAdam
 
 ALIGNMENT = 64
-"""Elements to whose multiples every weight and every share begins: 128 bytes in 16 bits, what cuDNN and 16-byte
-vectors want of an address, and more."""
+"""Elements at whose multiples every weight and every share begins: 128 bytes in 16 bits, more than cuDNN and
+16-byte vectors ask of an address."""
 
 
 class _Place(NamedTuple):
@@ -70,11 +70,11 @@ def _rounded_up(number: int, multiple: int) -> int:
 
 
 class ShardedAdam(MasterAdam):
-    """``MasterAdam`` whose weights, in every rank, become those that all ranks' mean gradient leads to.
+    """``MasterAdam`` by the mean of all ranks' gradients: their weights stay equal bit for bit.
 
-    parameters: of one network, the same in all ranks; they become views of one buffer. exchange: of all ranks.
-    ``parameters``, ``masters``, ``state_dict`` and their inverses speak of whole networks and are the same for
-    any number of ranks; all ranks call them together. ``param_groups`` holds the shares.
+    parameters: of one network, the same in all ranks; they become views of one buffer. exchange: of all
+    ranks. ``parameters``, ``masters``, ``state_dict`` and their inverses speak of whole networks and are the
+    same for any number of ranks; all ranks call them together. ``param_groups`` holds the shares.
 
     A step, its exchanges apart from its work on the device, so that only the latter is captured: work
     ``pack``; exchange ``send_gradients``, and wait; with a loss scale work ``look``, exchange ``share_look``;
@@ -214,7 +214,7 @@ class ShardedAdam(MasterAdam):
         torch.maximum(seen, self._found_inf, out=seen)
 
     def step_share(self) -> None:
-        """Update the share from the gradients that have arrived, within the step that ``begin_step`` began."""
+        """Update the share from the gradients that have arrived, within the step of ``begin_step``."""
         self.step_parameters([flat.share for flat in self._flats])
 
     def send_weights(self) -> list[Wait]:

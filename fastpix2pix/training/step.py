@@ -107,8 +107,9 @@ class TrainStep:
             between()
 
     def segments(self, source: Tensor, target: Tensor) -> Iterator[Between]:
-        """The step in segments that talk to the host nowhere, so that each can be captured: a generator of what
-        the host does between two of them. Without an exchange it is one segment.
+        """The step in segments that talk to the host nowhere, so that each can be captured.
+
+        A generator of what the host does between two of them; without an exchange it is one segment.
         """
         update = self._simultaneous if self.rule.simultaneous else self._alternating
         losses = yield from update(source, target)
@@ -142,8 +143,10 @@ class TrainStep:
         self.disc_optimizer.upload_lr()
 
     def set_dropout_rng(self, rng: Tensor) -> None:
-        """Let the dropout of our own generator go on from rank 0's ``rng``, int64 (seed, step); the other ranks
-        draw from seeds of their own."""
+        """Let the dropout of our own generator go on from rank 0's ``rng``, int64 (seed, step).
+
+        The other ranks draw from seeds of their own.
+        """
         self.generator.rng.copy_(rng)
         if self.exchange is not None:
             self.generator.rng[0] += self.exchange.rank << 32
