@@ -195,6 +195,19 @@ def joined() -> Iterator[Ranks]:
     ranks.close()
 
 
+class _RanksOfGroup(Ranks):
+    """Those of a group that another program has made, with one device each."""
+
+    def __init__(self) -> None:
+        self.exchange = Exchange()
+        self.rank, self.size = self.exchange.rank, self.exchange.size
+
+
+def ranks_of_group() -> Ranks:
+    """The ranks of the default group of this process, which somebody else has made and will end."""
+    return _RanksOfGroup() if dist.is_available() and dist.is_initialized() else ALONE
+
+
 class _TorchrunRanks(Ranks):
     """One of several processes of torchrun.
 
