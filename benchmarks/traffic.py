@@ -32,6 +32,7 @@ from benchmarks.peers import FUSED, PeerStep, Tuning
 from benchmarks.workload import Workload
 from fastpix2pix.kernels import launch
 from fastpix2pix.models import build_networks
+from fastpix2pix.training.distributed import Exchange
 from fastpix2pix.training.precision import WORKING_TYPES
 from fastpix2pix.training.step import TrainStep
 
@@ -184,10 +185,15 @@ def _images(workload: Workload, dtype: torch.dtype) -> list[Tensor]:
     return [image.contiguous(memory_format=torch.channels_last).clone() for _ in range(2)]
 
 
-def trace_ours(workload: Workload, precision: str) -> list[Entry]:
-    """Our step in ``precision``, with the copies that bring a pair into the captured graph."""
+def our_step(workload: Workload, precision: str, exchange: Exchange | None = None) -> TrainStep:
+    """Our step in ``precision``; exchange: of a rank among several."""
     networks = build_networks(workload.network_options())
-    step = TrainStep(*networks, workload.step_options(precision))
+    return TrainStep(*networks, workload.step_options(precision), exchange)
+
+
+def trace_ours(workload: Workload, precision: str, step: TrainStep | None = None) -> list[Entry]:
+    """Our step in ``precision``, with the copies that bring a pair into the captured graph."""
+    step = our_step(workload, precision) if step is None else step
     dtype = WORKING_TYPES[precision]
     slots, images = _images(workload, dtype), _images(workload, dtype)
     trace = Trace()

@@ -7,7 +7,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from functools import partial
 from io import StringIO, TextIOWrapper
 from typing import Any, TypeVar
 
@@ -25,50 +24,41 @@ def run(
     argv: Sequence[str] | None = None,
     *,
     default: Callable[[Sequence[str]], Config | None] = lambda argv: None,
+    decide: Callable[[Callable[[], Config]], Config] = lambda parse: parse(),
+    complain: Callable[[str], None] | None = None,
 ) -> None:
     """Parse ``argv`` (default: the process's) into ``config_class`` and call ``command`` with it.
 
     Field names become ``--snake_case`` flags, as users of other pix2pix programs know them; the string
     below each field is its help. ``default`` may look at ``argv`` and return a configuration that supplies
-    whatever no flag says. A ``UserError`` ends the process with one line on stderr
-    and exit code 2, the code that a bad flag gives too; an interrupt ends it with 130.
+    whatever no flag says; ``decide`` calls the parser, or gets a configuration from elsewhere. A
+    ``UserError`` ends the process with one line on stderr, or as ``complain`` says it, and exit code 2, the
+    code that a bad flag gives too; an interrupt ends it with 130.
     """
-    with reporting(partial(print, file=sys.stderr)):
-        command(parse(config_class, program(command), argv, default=default))
-
-
-@contextmanager
-def reporting(say: Callable[[str], None]) -> Iterator[None]:
-    """End the process as ``run`` says when the body raises a user's mistake, which ``say`` prints, or is
-    interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that are not in its encoding
     # Its error, at twice the size, is enough; which sizes fit is for the command to say.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+    def parse() -> Config:
+        options: dict[str, Any] = {} if (found := default(argv)) is None else {"default": found}
+        return _parse(config_class, argv, _program(command), **options)
+
     try:
         with _interrupts_as_exceptions():
-            yield
+            command(decide(parse))
     except UserError as error:
-        say(f"error: {error}")
+        if complain is None:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            complain(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def parse(
-    config_class: type[Config],
-    started_as: str,
-    argv: Sequence[str] | None = None,
-    *,
-    default: Callable[[Sequence[str]], Config | None] = lambda argv: None,
-) -> Config:
-    """What ``run`` calls its command with. started_as: as people type it, for messages."""
-    argv = sys.argv[1:] if argv is None else argv
-    options: dict[str, Any] = {} if (found := default(argv)) is None else {"default": found}
-    return _parse(config_class, argv, started_as, **options)
-
-
-def program(command: Callable) -> str:
+def _program(command: Callable) -> str:
     """How the command is started, as people type it."""
     module = command.__module__
     if module == "__main__":

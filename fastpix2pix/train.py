@@ -309,15 +309,9 @@ def ranks_line(config: TrainConfig, ranks: Ranks, device: torch.device) -> str:
     )
 
 
-def requested(argv: Sequence[str] | None) -> TrainConfig:
-    """The configuration that the flags and, of a continued run, its folder ask for. A run that torchrun has
-    started again goes on from its newest checkpoint, if there is one."""
-    config = cli.parse(TrainConfig, cli.program(train), argv, default=defaults)
-    return dataclasses.replace(config, continue_train=True) if _goes_on(config.run_folder) else config
-
-
-def _goes_on(folder: Path) -> bool:
-    """Whether torchrun has started the run in ``folder`` again, after it saved a checkpoint."""
+def goes_on(folder: Path) -> bool:
+    """Whether torchrun has started the run in ``folder`` again after it saved a checkpoint, from which it
+    then goes on without being told to."""
     return restarted() and checkpoint.latest(folder) is not None
 
 
@@ -335,7 +329,7 @@ def defaults(argv: Sequence[str]) -> TrainConfig | None:
         flags, others = parser.parse_known_args(argv)
     except argparse.ArgumentError:
         return None  # the real parser says what is wrong
-    if flags.continue_train or _goes_on(flags.checkpoints_dir / flags.name):
+    if flags.continue_train or goes_on(flags.checkpoints_dir / flags.name):
         check_name(flags.name)
         saved = run_folder.read_request(flags.checkpoints_dir / flags.name)
     elif flags.quick:
@@ -352,8 +346,20 @@ def defaults(argv: Sequence[str]) -> TrainConfig | None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse and train. A continued run takes what no flag says from its own ``config.json``."""
-    with joined() as ranks, cli.reporting(ranks.complain):
-        train(ranks.first_decides(lambda: requested(argv)), ranks)
+    with joined() as ranks:
+
+        def decided(parse: Callable[[], TrainConfig]) -> TrainConfig:
+            def request() -> TrainConfig:
+                config = parse()
+                again = config.continue_train or goes_on(config.run_folder)
+                return dataclasses.replace(config, continue_train=again)
+
+            return ranks.first_decides(request)
+
+        def command(config: TrainConfig) -> None:
+            train(config, ranks)
+
+        cli.run(TrainConfig, command, argv, default=defaults, decide=decided, complain=ranks.complain)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,29 @@ class Exchange:
             dist.broadcast(tensor, 0, group=self._group)
 
 
+class Unconnected(Exchange):
+    """The exchange of the first of ``size`` ranks of which there is no other: it moves nothing. With it the
+    work of a rank can be traced."""
+
+    def __init__(self, size: int):
+        self.rank, self.size = 0, size
+
+    def scatter_sum(self, whole: Tensor, share: Tensor) -> Wait:
+        return lambda: None
+
+    def gather(self, whole: Tensor, share: Tensor) -> Wait:
+        return lambda: None
+
+    def sum_(self, tensor: Tensor) -> None:
+        pass
+
+    def max_(self, tensor: Tensor) -> None:
+        pass
+
+    def take_first(self, tensor: Tensor) -> None:
+        pass
+
+
 class Ranks:
     """Who takes part in a training: this process alone. :class:`_TorchrunRanks` are several.
 

@@ -86,8 +86,10 @@ def compile_kernels(
     image_size: int,
     batch_sizes: Sequence[int],
     say: Callable[[str], None],
+    ranks: int = 1,
 ) -> None:
-    """Compile what a step of every batch size launches, in parallel and once a machine, and say so.
+    """Compile what a step of every batch size launches in each of ``ranks``, in parallel and once a machine,
+    and say so.
 
     Whatever fails here fails again at the launch, where the self-check sees it.
     """
@@ -96,7 +98,7 @@ def compile_kernels(
     launches = [
         one
         for batch_size in sorted({1, *batch_sizes})
-        for one in step_launches(networks.fresh, options, size=image_size, batch_size=batch_size)
+        for one in step_launches(networks.fresh, options, size=image_size, batch_size=batch_size, ranks=ranks)
     ]
     began = time.perf_counter()
 
@@ -143,7 +145,7 @@ def prepare_step(
         set_float32_math(precision)
         networks = Networks(generator, discriminator)
         with ranks.machine_by_machine():  # the others find the first one's kernels in Triton's cache
-            compile_kernels(networks, options, device, image_size, batch_sizes, say)
+            compile_kernels(networks, options, device, image_size, batch_sizes, say, ranks.size)
         if check:
             graph = verify_or_fall_back(
                 lambda captured: compare_with_reference(

@@ -131,8 +131,8 @@ def trained_plainly(config: TrainConfig, dtype: torch.dtype, steps: int, size: i
 
 
 def check_against_plain(preset, dtype, size, tolerance, tmp_path, monkeypatch, steps=10):
-    # 64 pixels leave 2x2 of the bottleneck: a norm over two values amplifies rounding, and with 32 pixels plain
-    # PyTorch in float32 is itself 7e-4 away from its float64 after these steps.
+    # 64 pixels leave 2x2 of the bottleneck: a norm over two values amplifies rounding, and with 32 pixels
+    # plain PyTorch in float32 is itself 7e-4 away from its float64 after these steps.
     config = tiny_config(
         preset=preset, no_dropout=True, batch_size=2, ngf=4, ndf=4, precision=None, crop_size=64, load_size=68
     )
@@ -660,12 +660,12 @@ def test_one_process_under_torchrun_is_alone(monkeypatch):
     assert not distributed.dist.is_initialized()
 
 
-# ------------------------------------------------------------------------------------- at length, and torchrun
+# ---------------------------------------------------------------------------- at length, and under torchrun
 
 
 @pytest.mark.slow
 def test_twenty_random_kills(tmp_path):
-    """Each time all end within 30 s, the checkpoints are whole, and the next start goes on from the newest."""
+    """All end within 30 s, the checkpoints are whole, and the next start goes on from the newest."""
     random = np.random.default_rng(3)
     write_pairs(tmp_path / "pairs", 9)
     newest = 0

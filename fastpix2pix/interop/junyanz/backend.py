@@ -257,9 +257,9 @@ def install(precision: Literal["bf16", "fp16"] | None = None) -> None:
 
     Call it before that program creates its model. Flags, files, printed lines and the interface of the model
     stay as they were; dropout draws from our own stream, seeded by torch's. What our backend doesn't cover
-    (``--netG resnet_9blocks``, ``--gan_mode wgangp``, ``--norm syncbatch``, a changed update rule, ...) runs as
-    before, after one line that says so. Processes of torchrun's are accelerated together in float32: gradients
-    are means over all, as under DistributedDataParallel, and so are the losses.
+    (``--netG resnet_9blocks``, ``--gan_mode wgangp``, ``--norm syncbatch``, a changed update rule, ...) runs
+    as before, after one line that says so. Processes of torchrun's are accelerated together, in float32:
+    gradients are means over all, as under DistributedDataParallel, and so are the losses.
 
     precision: the type in which training computes, on float32 masters; by default float32, as there. Files
     are in float32 always. Raises UserError where no such program is found.
