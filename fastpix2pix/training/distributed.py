@@ -198,14 +198,11 @@ def joined() -> Iterator[Ranks]:
         return
     ranks = _TorchrunRanks()
     try:
+        ranks.join()
         with ranks.one_voice():
             yield ranks
     except RankGone as error:
-        ranks.complain(
-            f"error: a process of this training is gone ({error}), so that this one ends too; the last "
-            "checkpoint is whole: start again with --continue_train, as torchrun does itself with "
-            "--max_restarts"
-        )
+        ranks.complain(_ended_by(f"a process of this training is gone ({error})"))
         end_at_once(1)
     except SystemExit as stop:
         if not ranks.parted:
@@ -231,6 +228,13 @@ def ranks_of_group() -> Ranks:
     return _RanksOfGroup() if dist.is_available() and dist.is_initialized() else ALONE
 
 
+def _ended_by(reason: str) -> str:
+    return (
+        f"error: {reason}, so that this one ends too; the last checkpoint is whole: start again with "
+        "--continue_train, as torchrun does by itself with --max_restarts"
+    )
+
+
 class _TorchrunRanks(Ranks):
     """One of several processes of torchrun.
 
@@ -239,17 +243,21 @@ class _TorchrunRanks(Ranks):
     """
 
     def __init__(self) -> None:
+        self.parted = False
+        self._code = torch.zeros(1, dtype=torch.int32)
+        self._closing = threading.Event()
+        self._store: dist.Store | None = None
+
+    def join(self) -> None:
+        """Meet the others."""
         dist.init_process_group("gloo", timeout=FOREVER)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.local_size = int(os.environ["LOCAL_WORLD_SIZE"])
-        self.parted = False
-        self._code = torch.zeros(1, dtype=torch.int32)
         # The store may outlive a restart; keys are of this start alone.
         name = self.first_decides(lambda: f"fastpix2pix/{time.time_ns()}")
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._store = dist.PrefixStore(name, dist.TCPStore(address, port, is_master=False))
-        self._closing = threading.Event()
         self._store.add(self._beat_of(self.rank), 1)
         self._barrier()
         self._watcher = threading.Thread(target=self._watch, name="signs of life", daemon=True)
@@ -348,7 +356,7 @@ class _TorchrunRanks(Ranks):
 
     def complain(self, line: str) -> None:
         with contextlib.suppress(RuntimeError):  # where the store is gone too, all may speak
-            if self._store.add("complaints", 1) > 1:
+            if self._store is not None and self._store.add("complaints", 1) > 1:
                 return
         say(line)
 
@@ -380,8 +388,5 @@ class _TorchrunRanks(Ranks):
     def _end(self, reason: str) -> None:
         if self._closing.is_set():
             return
-        self.complain(
-            f"error: {reason}, so that this process ends too; the last checkpoint is whole: start again with "
-            "--continue_train, as torchrun does itself with --max_restarts"
-        )
+        self.complain(_ended_by(reason))
         end_at_once(1)
