@@ -97,8 +97,10 @@ class Loader:
                 low = 0
                 for batch in chunk.batches:
                     part = slice(low, low := low + batch.share)
-                    after = (chunk.epoch, batch.end) if batch.end < len(self) else (chunk.epoch + 1, 0)
-                    yield Batch(source[part], target[part], *after, tuple(names[part]))
+                    epoch, position = chunk.epoch, batch.end
+                    if position == len(self):
+                        epoch, position = epoch + 1, 0
+                    yield Batch(source[part], target[part], epoch, position, tuple(names[part]))
 
     def _ahead(self, chunks: Iterator) -> Iterator:
         """Has the next chunk made in a thread; a GPU works in advance of its host without one."""

@@ -6,7 +6,7 @@ Asynchronous copies to the host live here too, the other thing that only a GPU d
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class CudaBackend:
         pool = torch.cuda.graph_pool_handle()  # of all segments, which are replayed in the order of capture
         return capture_segments(segments(), partial(self._capture, pool))
 
-    def _capture(self, pool: tuple[int, int], segment: Callable[[], None]) -> Callable[[], None]:
+    def _capture(self, pool: Any, segment: Callable[[], None]) -> Callable[[], None]:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             # thread_local: DALI, NCCL and pinned-memory threads may call CUDA while this thread captures.

@@ -26,7 +26,7 @@ ALIGNMENT = 64
 class _Place(NamedTuple):
     """Where a parameter lies: its number in the network, and its first element in the flat buffer."""
 
-    index: int
+    number: int
     parameter: Parameter
     start: int
 
@@ -113,7 +113,7 @@ class ShardedAdam(MasterAdam):
         for flat in self._flats:
             whole = flat.like(compute_dtype(flat.weights.dtype))
             for place in flat.places:
-                place.of(whole).copy_(values[place.index])
+                place.of(whole).copy_(values[place.number])
             self.exchange.take_first(whole)
             shares.append(whole[flat.slice])
         super().set_masters(shares)
@@ -134,7 +134,7 @@ class ShardedAdam(MasterAdam):
                 everything = flat.like(share.dtype)
                 self.exchange.gather(everything, share.contiguous())()
                 for place in flat.places:
-                    whole[place.index][name] = place.of(everything).clone()
+                    whole[place.number][name] = place.of(everything).clone()
         return whole
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,10 +162,10 @@ class ShardedAdam(MasterAdam):
             for name in ("exp_avg", "exp_avg_sq", "master"):
                 whole = flat.like(compute_dtype(flat.weights.dtype))
                 for place in flat.places:
-                    value = states[group["params"][place.index]][name]
+                    value = states[group["params"][place.number]][name]
                     if value.shape != place.parameter.shape:
                         raise ValueError(
-                            f"the state's parameter {place.index} is {tuple(value.shape)}, this optimizer's "
+                            f"the state's parameter {place.number} is {tuple(value.shape)}, this optimizer's "
                             f"is {tuple(place.parameter.shape)}"
                         )
                     place.of(whole).copy_(value)

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +77,9 @@ class TrainStep:
             "loss_scale": self.loss_scale,
         }
         self.exchange = exchange
-        optimizer = MasterAdam if exchange is None else partial(ShardedAdam, exchange=exchange)
-        self.gen_optimizer = optimizer(generator.parameters(), **adam)
-        self.disc_optimizer = optimizer(discriminator.parameters(), **adam)
+        optimizer_of = MasterAdam if exchange is None else partial(ShardedAdam, exchange=exchange)
+        self.gen_optimizer: Any = optimizer_of(generator.parameters(), **adam)
+        self.disc_optimizer: Any = optimizer_of(discriminator.parameters(), **adam)
         self.gen_optimizer.set_masters(masters[0])
         self.disc_optimizer.set_masters(masters[1])
         self.lambda_l1 = torch.tensor(
@@ -91,7 +91,7 @@ class TrainStep:
         self._exchanged_losses = torch.zeros(len(Losses._fields), device=weight.device)
         self._updating_early = False
         if fused and exchange is not None:
-            self.set_dropout_rng(generator.rng)
+            self.set_dropout_rng(cast(Tensor, generator.rng))
         elif fused and self.loss_scale is None:
             for optimizer in (self.gen_optimizer, self.disc_optimizer):
                 self._update_large_weights_early(optimizer)
@@ -147,9 +147,9 @@ class TrainStep:
 
         The other ranks draw from seeds of their own.
         """
-        self.generator.rng.copy_(rng)
+        own = cast(Tensor, self.generator.rng).copy_(rng)
         if self.exchange is not None:
-            self.generator.rng[0] += self.exchange.rank << 32
+            own[0] += self.exchange.rank << 32
 
     @torch.no_grad()
     def average_statistics(self) -> None:
@@ -244,9 +244,10 @@ class TrainStep:
         optimizers = list(dict.fromkeys(path.optimizer for path in paths))
         if self.exchange is not None:
             self.players.backward(paths)
-            for optimizer in optimizers:
-                optimizer.pack()
-            yield from exchanged_updates(optimizers)
+            sharded = cast(list[ShardedAdam], optimizers)
+            for one in sharded:
+                one.pack()
+            yield from exchanged_updates(sharded)
             return
         # With a loss scale no weight may move before all gradients are known to be finite.
         early = self.loss_scale is None
