@@ -69,7 +69,8 @@ class TrainConfig:
     no_flip: bool = False
     """Do not mirror images at random."""
     batch_size: int = LoaderOptions.batch_size
-    """Pairs per step. Batch norm at batch 1 normalises each image by itself, which the paper recommends."""
+    """Pairs per step of a process. Batch norm at batch 1 normalises each image by itself, as the paper
+    recommends."""
     netG: GeneratorName = NetworkOptions.netG  # noqa: N815
     """Generator, by the image size that it takes down to 1x1."""
     ngf: int = NetworkOptions.ngf

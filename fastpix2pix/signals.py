@@ -27,7 +27,7 @@ class StopRequests:
 
     def __init__(self, stop_waiting: Callable[[], None]):
         self.received: list[int] = []
-        self.agreed, self.done = threading.Event(), threading.Event()
+        self.settled, self.done = threading.Event(), threading.Event()
         self._stop_waiting = stop_waiting
         self._waiting = False
 
@@ -40,8 +40,11 @@ class StopRequests:
 
     def agree_on(self, number: int) -> None:
         """All processes of the training stop, for the signal of this number."""
-        self.agreed.set()
         self.received[:0] = [number]
+
+    def settle(self) -> None:
+        """No other process has to agree any more."""
+        self.settled.set()
 
     @property
     def exit_code(self) -> int:
@@ -92,9 +95,10 @@ def stop_requests(
 ) -> Iterator[StopRequests]:
     """Collect SIGINT, SIGTERM and SIGHUP (unless ignored, as under nohup) while the body runs.
 
-    among_others: the process is one of several, which stop together by ``agree_on``; if they have not agreed
-    AGREEING seconds after a request, since one of them hangs, this one ends. After the body requests are
-    ignored: torchrun sends them to those that have not ended when one has. quiet: another one speaks.
+    among_others: the process is one of several, which stop together by ``agree_on``; if they have not come
+    to ``settle`` AGREEING seconds after a request, since one of them hangs, this one ends. After the body
+    requests are ignored: torchrun sends them to those that have not ended when one has. quiet: another one
+    speaks.
 
     Python runs a handler only when its main thread comes back from whatever it calls, so a thread of its own
     answers the first request at once and obeys the second, which ends the process and its workers.
@@ -114,7 +118,7 @@ def stop_requests(
             timer.start()
 
     def end_in_disagreement() -> None:
-        if not requests.agreed.is_set():
+        if not requests.settled.is_set():
             say("stopped: the other processes did not answer; nothing was saved since the last checkpoint")
             end_at_once(requests.exit_code if requests else 128 + signal.SIGTERM)
 

@@ -258,6 +258,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
                     monitor.show_samples(at.steps, lr, step)
                 if at.steps % config.save_latest_freq == 0:
                     save()
+            stops.settle()
             if at.steps > first and at.steps % config.display_freq and not stops:
                 monitor.show_samples(at.steps, lr, step)
             if at.steps > tried:
@@ -284,7 +285,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
         ranks.part()
     if verdict == FAILED:
         sys.exit(2)
-    if stops:
+    if stops if alone else verdict:
         print(f"stopped at step {at.steps}; {stopped}")
         sys.exit(stops.exit_code)
     print(f"done: {at.steps} steps; checkpoints and samples are in {folder}")
