@@ -16,11 +16,21 @@ from fastpix2pix.training.distributed import joined
 
 
 class Ranks:
-    """Children that run ``function(rank, *args)``, rank r's stderr in ``folder / "err.r"``."""
+    """Children that run ``function(rank, *args)``, rank r's stderr in ``folder / "err.r"``.
 
-    def __init__(self, size: int, function: Callable[..., Any], *args: Any, folder: Path, restarts: int = 0):
-        # The store that torchrun's agent would hold.
-        self.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    store: what torchrun's agent holds, also beyond a restart.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        function: Callable[..., Any],
+        *args: Any,
+        folder: Path,
+        restarts: int = 0,
+        store: dist.TCPStore | None = None,
+    ):
+        self.store = store or dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         self.folder, self.processes, self._answers = folder, [], []
         sys.stdout.flush()
         sys.stderr.flush()

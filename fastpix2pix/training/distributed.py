@@ -25,6 +25,7 @@ from fastpix2pix.signals import end_at_once, say
 Value = TypeVar("Value")
 Wait = Callable[[], None]
 
+JOINING = 300.0  # seconds in which all ranks have to meet
 FOREVER = timedelta(days=1)  # what ends a wait for a rank that is gone is the watch, not a timeout
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 15.0  # seconds without one after which a rank counts as gone
@@ -250,18 +251,40 @@ class _TorchrunRanks(Ranks):
 
     def join(self) -> None:
         """Meet the others."""
-        dist.init_process_group("gloo", timeout=FOREVER)
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        late = threading.Timer(JOINING, self._end, ["the processes of this training do not find each other"])
+        late.daemon = True
+        late.start()
+        with _collective():
+            name = self._meet()
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.local_size = int(os.environ["LOCAL_WORLD_SIZE"])
-        # The store may outlive a restart; keys are of this start alone.
-        name = self.first_decides(lambda: f"fastpix2pix/{time.time_ns()}")
+        # A connection of its own: the group's waits for keys while it makes new groups.
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = dist.PrefixStore(name, dist.TCPStore(address, port, is_master=False))
+        connection = dist.TCPStore(address, port, is_master=False)
+        self._store = dist.PrefixStore(f"life of {name}", connection)
         self._store.add(self._beat_of(self.rank), 1)
         self._barrier()
+        late.cancel()
         self._watcher = threading.Thread(target=self._watch, name="signs of life", daemon=True)
         self._watcher.start()
+
+    def _meet(self) -> str:
+        """Make the default group, and return a name that no other start of this training has.
+
+        torchrun's store outlives a restart, with the addresses of processes that are gone.
+        """
+        store, self.rank, self.size = next(iter(dist.rendezvous("env://", timeout=FOREVER)))
+        restart = f"fastpix2pix, restart {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+        arrived = store.add(restart, 1)  # more than once where torchrun starts all again for another reason
+        name = f"{restart}, start {(arrived - 1) // self.size}"
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore(name, store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=FOREVER,
+        )
+        return name
 
     def open_exchange(self, device: torch.device) -> None:
         if device.type == "cpu":

@@ -580,12 +580,15 @@ def test_a_rank_that_hangs_ends_the_others(tmp_path, monkeypatch):
 
 
 def test_torchrun_s_restart_goes_on(tmp_path):
-    """Without --continue_train: from the checkpoint where there is one, and anew where there is none."""
+    """Without --continue_train: from the checkpoint where there is one, and anew where there is none. The
+    store is the same, with the addresses of processes that are gone."""
     write_pairs(tmp_path / "pairs", 4)
+    store = None
     for steps in ("1", "3"):
         argv = flags(tmp_path, "--steps", steps)
-        run = Ranks(2, lambda rank, argv=argv: train.main(argv), folder=tmp_path, restarts=1)
+        run = Ranks(2, lambda rank, argv=argv: train.main(argv), folder=tmp_path, restarts=1, store=store)
         assert run.wait() == [0, 0], run.said()
+        store = run.store
     assert steps_saved(tmp_path / "run") == [1, 3]
 
 
