@@ -14,29 +14,31 @@ from multiprocessing import active_children
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _HANGUP = getattr(signal, "SIGHUP", None)
-SAME_REQUEST = 0.5  # seconds
+SAME_REQUEST = 0.5  # seconds, as are these:
 CLOSING = 10.0
-AGREEING = 20.0
+UNANSWERED = 20.0  # also by the other processes of a training
+FINISHING = 300.0
 
 
 class StopRequests:
     """Which have been received; false until then. Made by :func:`stop_requests`.
 
-    stop_waiting: called in the place of the wait, when a request comes within :meth:`waiting`.
+    stop_waiting: called in the place of the wait, when a request comes within :meth:`waiting`; it ends the
+    process. In another thread, where the main one does not come back from what it called. None: the process
+    is one of several that train together, and waits on until all come to :meth:`settle`.
     """
 
-    def __init__(self, stop_waiting: Callable[[], None]):
+    def __init__(self, stop_waiting: Callable[[], None] | None):
         self.received: list[int] = []
-        self.settled, self.done = threading.Event(), threading.Event()
+        self._settled = threading.Event()
         self._stop_waiting = stop_waiting
         self._waiting = False
+        self._turn = threading.Lock()  # to end the wait, one way or another
+        self._over = threading.Event()
+        self._went_on, self._longest = time.monotonic(), 0.0  # seconds between two waits
 
     def __bool__(self) -> bool:
         return bool(self.received)
-
-    def finish(self) -> None:
-        """All is saved: a further request changes nothing."""
-        self.done.set()
 
     def agree_on(self, number: int) -> None:
         """All processes of the training stop, for the signal of this number."""
@@ -44,7 +46,11 @@ class StopRequests:
 
     def settle(self) -> None:
         """No other process has to agree any more."""
-        self.settled.set()
+        self._settled.set()
+
+    def finish(self) -> None:
+        """All is saved: a further request changes nothing."""
+        self._over.set()
 
     @property
     def exit_code(self) -> int:
@@ -54,51 +60,67 @@ class StopRequests:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """The body waits for something that may never come."""
+        self._longest = max(self._longest, time.monotonic() - self._went_on)
         self._waiting = True
         try:
             yield
         finally:
-            self._waiting = False
-
-    @contextmanager
-    def limited(self, line: str) -> Iterator[None]:
-        """After a request, the body may take CLOSING seconds; then ``line`` is said and the process ends."""
-        if not self:
-            yield
-            return
-
-        def end() -> None:
-            say(line)
-            end_at_once(self.exit_code)
-
-        timer = threading.Timer(CLOSING, end)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
+            with self._turn:  # or never, if a request is being answered in the place of the wait
+                self._waiting = False
+            self._went_on = time.monotonic()
 
     def _handle(self, number: int, _frame) -> None:
         self.received.append(number)
-        _expect_dead_children()
         if number == _HANGUP:
             _leave_the_terminal()
-        if self._waiting:
+        if self._stop_waiting is not None and self._waiting and self._turn.acquire(blocking=False):
             self._waiting = False
             self._stop_waiting()
+            self._turn.release()
+
+    def _see_to_the_end(self, number: int) -> None:
+        """In a thread of its own, from the first request on: whatever the main one does, the process ends."""
+        if self._over.wait(UNANSWERED):
+            return
+        if self._stop_waiting is None:
+            if not self._settled.is_set():
+                say("stopped: the other processes do not answer; nothing was saved since the last checkpoint")
+                end_at_once(128 + number)
+        elif not self.received:  # the main thread has not come back to Python since
+            with self._turn:
+                if self._waiting:
+                    self.received.append(number)
+                    self._stop_waiting()
+        limit = max(FINISHING, 3 * self._longest)
+        if self._over.wait(limit - UNANSWERED):
+            return
+        say(f"not finished {limit:.0f} s after the request; stopped at once, with what was saved before")
+        end_at_once(128 + number)
 
 
 @contextmanager
-def stop_requests(
-    stop_waiting: Callable[[], None], *, among_others: bool = False, quiet: bool = False
-) -> Iterator[StopRequests]:
+def limited(line: str, code: int) -> Iterator[None]:
+    """The body may take CLOSING seconds; then ``line`` is said and the process ends with ``code``."""
+
+    def end() -> None:
+        say(line)
+        end_at_once(code)
+
+    timer = threading.Timer(CLOSING, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def stop_requests(stop_waiting: Callable[[], None] | None, *, quiet: bool = False) -> Iterator[StopRequests]:
     """Collect SIGINT, SIGTERM and SIGHUP (unless ignored, as under nohup) while the body runs.
 
-    among_others: the process is one of several, which stop together by ``agree_on``; if they have not come
-    to ``settle`` AGREEING seconds after a request, since one of them hangs, this one ends. After the body
-    requests are ignored: torchrun sends them to those that have not ended when one has. quiet: another one
-    speaks.
+    stop_waiting: as of :class:`StopRequests`; where it is None, requests are ignored after the body, since
+    torchrun sends them to the processes that have not ended when one has. quiet: another process speaks.
 
     Python runs a handler only when its main thread comes back from whatever it calls, so a thread of its own
     answers the first request at once and obeys the second, which ends the process and its workers.
@@ -108,31 +130,18 @@ def stop_requests(
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     numbers = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
-
-    def answer() -> None:
-        if not quiet:
-            say("stopping: finishing the step and saving (once more: stop at once)")
-        if among_others:
-            timer = threading.Timer(AGREEING, end_in_disagreement)
-            timer.daemon = True
-            timer.start()
-
-    def end_in_disagreement() -> None:
-        if not requests.settled.is_set():
-            say("stopped: the other processes did not answer; nothing was saved since the last checkpoint")
-            end_at_once(requests.exit_code if requests else 128 + signal.SIGTERM)
-
     watcher = threading.Thread(
-        target=_watch, args=(ours, numbers, answer, requests.done), name="stop requests", daemon=True
+        target=_watch, args=(ours, numbers, requests, quiet), name="stop requests", daemon=True
     )
     watcher.start()
-    previous_descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     previous = {number: signal.signal(number, requests._handle) for number in numbers}
+    previous_descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     try:
         yield requests
     finally:
+        requests._over.set()
         for number, handler in previous.items():
-            signal.signal(number, signal.SIG_IGN if among_others else handler)
+            signal.signal(number, signal.SIG_IGN if stop_waiting is None else handler)
         signal.set_wakeup_fd(previous_descriptor)
         _listening.remove(requests)
         theirs.close()
@@ -140,21 +149,53 @@ def stop_requests(
         ours.close()
 
 
-def _watch(
-    descriptor: socket.socket, numbers: list[int], answer: Callable[[], None], done: threading.Event
-) -> None:
-    """Answer the first signal of these numbers and obey the second, until the other end is closed."""
+def _watch(descriptor: socket.socket, numbers: list[int], requests: StopRequests, quiet: bool) -> None:
+    """Answer the numbers of signals as they arrive, until the other end is closed."""
     first, since = None, 0.0
     while arrived := descriptor.recv(1):
         # "timeout" and schedulers signal the process and then its group: that is one request.
-        if arrived[0] not in numbers or time.monotonic() - since < SAME_REQUEST or done.is_set():
+        if arrived[0] not in numbers or time.monotonic() - since < SAME_REQUEST or requests._over.is_set():
             continue
         if first is not None:
             say("stopped at once; nothing was saved since the last checkpoint")
             end_at_once(128 + first)
         first, since = arrived[0], time.monotonic()
-        if first != _HANGUP:  # then nobody is there to read it
-            answer()
+        if first != _HANGUP and not quiet:  # then nobody is there to read it
+            say("stopping: finishing the step and saving (once more: stop at once)")
+        threading.Thread(target=requests._see_to_the_end, args=(first,), daemon=True).start()
+
+
+def end_with_a_line() -> None:
+    """From now on, outside of :func:`stop_requests`: SIGTERM and SIGHUP end the process and its workers at
+    once with one line, unless they are ignored, and Ctrl-C after CLOSING seconds at the latest.
+
+    A thread does it, for the main one may be inside a call that does not return. What is written then, of
+    every command, gets its name when it is whole.
+    """
+    numbers = [n for n in STOPS if n != signal.SIGINT and signal.getsignal(n) == signal.SIG_DFL]
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    threading.Thread(target=_end, args=(ours, numbers), name="signals", daemon=True).start()
+    for number in numbers:
+        signal.signal(number, lambda number, frame: None)
+    signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    _ending.append(theirs)
+
+
+def _end(descriptor: socket.socket, numbers: list[int]) -> None:
+    while arrived := descriptor.recv(1):
+        number = arrived[0]
+        if number == signal.SIGINT:
+            closing = threading.Timer(CLOSING, _end_by, (number,))
+            closing.daemon = True
+            closing.start()
+        elif number in numbers:
+            _end_by(number)
+
+
+def _end_by(number: int) -> None:
+    say(f"stopped by {signal.Signals(number).name}; what was written before is whole")
+    end_at_once(128 + number)
 
 
 def say(line: str) -> None:
@@ -185,11 +226,12 @@ def _leave_the_terminal() -> None:
 
 
 _listening: list[StopRequests] = []
+_ending: list[socket.socket] = []
 
 
 def _leave_signals_to_the_parent() -> None:
     """In a forked process: what it receives is not the parent's, whose handlers it has inherited."""
-    if _listening:
+    if _listening or _ending:
         signal.set_wakeup_fd(-1)
         for number in STOPS:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
@@ -197,28 +239,3 @@ def _leave_signals_to_the_parent() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """The body is not left because a child died: a DataLoader's handler raises wherever the process is.
-
-    Its reader is told all the same, when it next waits for the child.
-    """
-    if not hasattr(signal, "SIGCHLD"):
-        yield
-        return
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, previous)
-        if any(_listening):
-            _expect_dead_children()
-
-
-def _expect_dead_children() -> None:
-    """From a stop request on: a signal to the whole group ends the workers too, which is no error then."""
-    if hasattr(signal, "SIGCHLD"):
-        # A function, as Python complains of a handler that is gone when its signal has arrived already.
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)

@@ -13,30 +13,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpix2pix import checkpoint, cli, environment, run_folder
+from fastpix2pix import checkpoint, cli, environment, needs, run_folder
 from fastpix2pix.config import QUICK, TrainConfig, check_changes, check_name
 from fastpix2pix.cores import CoreShare, loader_threads, use_threads
 from fastpix2pix.data import Loader, find_pairs, load_pair, open_loader
 from fastpix2pix.data.check import refuse_other_layouts
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
 from fastpix2pix.device import choose_device, device_of_rank, why_no_gpu
-from fastpix2pix.errors import NotFinite, UserError
+from fastpix2pix.errors import NotFinite, UserError, out_of_memory_is_one_line
+from fastpix2pix.interop.junyanz.flags import train_words
 from fastpix2pix.models import build_networks
 from fastpix2pix.monitor import FIRST_LOSSES, Monitor, NoMonitor
-from fastpix2pix.signals import end_at_once, say, stop_requests, uninterrupted
+from fastpix2pix.signals import end_at_once, limited, say, stop_requests
 from fastpix2pix.training.distributed import ALONE, RankGone, Ranks, joined, restarted
+from fastpix2pix.training.fine_tuning import begin_with
 from fastpix2pix.training.precision import WORKING_TYPES, choose_precision
 from fastpix2pix.training.prepare import PreparedStep, prepare_step
 from fastpix2pix.training.resume import (
     Position,
+    Undo,
     check_architecture,
     check_finite,
     restore,
     training_state,
 )
+from fastpix2pix.wandb_run import WandbRun
 
 SAMPLE_PAIRS = 4
 FAILED = 255  # what a rank tells the others, beside the number of the signal that it was sent
+NO_MEMORY = (
+    "go on where there is more, close other programs, or train anew with a lower --batch_size, --crop_size, "
+    "--ngf or --ndf, or with --cache 0"
+)
 
 
 def find_checkpoint(config: TrainConfig) -> tuple[Path, dict] | None:
@@ -73,6 +81,29 @@ def data_folder(config: TrainConfig) -> Path:
     from fastpix2pix.data.download import fetch_dataset  # the download library takes a while to import
 
     return fetch_dataset(config.dataset)
+
+
+def sized_by_data(config: TrainConfig, root: Path) -> TrainConfig:
+    """``config`` in terms of --preprocess resize_and_crop: crop and none take sizes from the images, which a
+    resize to that size leaves as they are.
+
+    Raises UserError unless all images are squares of one size.
+    """
+    if config.preprocess == "resize_and_crop":
+        return config
+    pairs = find_pairs(root, "train")[: config.max_dataset_size]
+    side = pairs[0].size[0]
+    for pair in pairs:
+        if pair.size != (side, side) or side < config.crop_size and config.preprocess == "crop":
+            wanted = (
+                "squares of one size" if pair.size != (side, side) else f"of --crop_size {config.crop_size}"
+            )
+            raise UserError(
+                f"--preprocess {config.preprocess}: {pair.a} holds {pair.size[1]}x{pair.size[0]} pixels; "
+                f"without a resize they must be {wanted}: use resize_and_crop"
+            )
+    crop_size = side if config.preprocess == "none" else config.crop_size
+    return dataclasses.replace(config, preprocess="resize_and_crop", load_size=side, crop_size=crop_size)
 
 
 def sample_pairs(
@@ -121,7 +152,8 @@ def start_line(config: TrainConfig, loader: Loader, root: Path, prepared: Prepar
 def train(config: TrainConfig, ranks: Ranks = ALONE) -> None:
     """Run training as ``config`` says, together with the other ``ranks``. Raises UserError for what the user
     can mend."""
-    with run_folder.owned(config.run_folder) if ranks.first else nullcontext():
+    owned = run_folder.owned(config.run_folder) if ranks.first else nullcontext()
+    with owned, out_of_memory_is_one_line(NO_MEMORY):
         _train(config, ranks)
 
 
@@ -139,8 +171,10 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
     precision = choose_precision(config.precision, device)
     ranks.check_same("--precision", precision)
     ranks.open_exchange(device)
+    needs.check_memory(config, device, precision)
     with ranks.one_by_one():
         root = data_folder(config)
+    request, config = config, sized_by_data(config, root)
     options = config.loader_options(ranks.rank, ranks.size)
     if device.type == "cpu" and config.num_threads is None:
         threads = max(1, loader_threads(options.num_threads) // ranks.local_size)
@@ -148,9 +182,14 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
     loader = open_loader(root, options, device=device, dtype=WORKING_TYPES[precision])
     names = hashlib.sha256("\n".join(pair.name for pair in loader.pairs).encode()).hexdigest()
     ranks.check_same(f"--dataroot {root}", f"{len(loader)} pairs, whose names have the digest {names[:8]}")
+    an_epoch = loader.batches_per_epoch
+    needs.check_data(config, loader, precision, config.steps_left(0, 0, an_epoch, an_epoch))
     samples = sample_pairs(root, config, device, WORKING_TYPES[precision]) if ranks.first else []
+    networks = build_networks(config.network_options())
+    if found is None and config.init_from is not None:
+        print(*begin_with(*networks, config.init_from), sep="\n")
     prepared = prepare_step(
-        *build_networks(config.network_options()),
+        *networks,
         dataclasses.replace(config.step_options(), precision=precision),
         device,
         image_size=config.crop_size,
@@ -169,15 +208,21 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
     prepared.capture(batch_shapes(loader, config, at.sample))
     folder = config.run_folder
 
-    def environment_block() -> dict:
-        data = {"loader": loader.kind, "direction": config.resolved_direction(), "processes": str(ranks.size)}
-        return environment.describe(device, prepared.resolved() | data)
-
     total = at.steps + config.steps_left(
         at.steps, at.epoch, len(loader.rest_of_epoch(at.sample)), loader.batches_per_epoch
     )
+
+    def environment_block() -> dict:
+        data = {
+            "loader": loader.kind,
+            "direction": config.resolved_direction(),
+            "steps": total,
+            "processes": str(ranks.size),
+        }
+        return environment.describe(device, prepared.resolved() | data)
+
     if ranks.first:
-        run_folder.write_request(config)
+        run_folder.write_request(request)
         run_folder.write_environment(environment_block(), folder)
     print(start_line(config, loader, root, prepared, total))
     if not alone:
@@ -185,6 +230,9 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
 
     monitor: Any = NoMonitor()
     if ranks.first:
+        wandb = None
+        if config.use_wandb:
+            wandb = WandbRun(folder, config.wandb_project_name, config.name, request.to_dict())
         monitor = Monitor(
             folder,
             first_step=at.steps,
@@ -192,28 +240,26 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
             batch_size=config.batch_size * ranks.size,
             gan_mode=config.gan_mode,
             samples=samples,
+            wandb=wandb,
         )
     first = tried = at.steps  # tried: the newest step that was saved, or could not be
 
     def save() -> None:
         nonlocal tried
         tried = at.steps
-        with uninterrupted():
-            monitor.catch_up(at.steps, lr, step)
-            block = environment_block()
-            state = training_state(step, config, block, at)
-            check_finite(state)  # it must not displace a good one
-            if ranks.first:
-                checkpoint.save(folder, at.steps, state, config.keep_checkpoints)
-                run_folder.write_environment(block, folder)  # the loader may have fallen back
-            monitor.report()
+        monitor.catch_up(at.steps, lr, step)
+        block = environment_block()
+        state = training_state(step, config, block, at)
+        check_finite(state)  # it must not displace a good one
+        if ranks.first:
+            checkpoint.save(folder, at.steps, state, config.keep_checkpoints)
+            run_folder.write_environment(block, folder)  # the loader may have fallen back
+        monitor.report()
 
     stopped = f"the run goes on with --continue_train --name {config.name}"
 
     def stop_waiting() -> None:
         """A stop request while the loader is awaited, which may never answer."""
-        if not alone:
-            return  # no rank can save alone
         try:
             if at.steps > tried:
                 save()
@@ -224,11 +270,14 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
         end_at_once(stops.exit_code)
 
     stream = loader.stream(at.epoch, at.sample)
+    # A graph allocates nothing when it is replayed; of several ranks none knows how far the others came.
+    undo = Undo(step) if alone and prepared.run is step else None
     share = CoreShare(torch.get_num_threads())
+    failure = ""
     # Of an error within a step, the state in memory is neither the old nor the new one; of one elsewhere than
     # in the loader other ranks do not know, so that they don't save.
     within_step, verdict = False, 0
-    with stop_requests(stop_waiting, among_others=not alone, quiet=not ranks.first) as stops:
+    with stop_requests(stop_waiting if alone else None, quiet=not ranks.first) as stops:
         try:
             while at.steps < total and not (alone and stops):
                 began = time.perf_counter()
@@ -245,9 +294,10 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
                 lr = config.lr_at(at.epoch)
                 step.set_lr(lr)
                 within_step = True
-                with uninterrupted():
-                    prepared.run(batch.source, batch.target)
-                    at = Position(at.steps + 1, batch.epoch, batch.position)
+                if undo is not None:
+                    undo.mark()
+                prepared.run(batch.source, batch.target)
+                at = Position(at.steps + 1, batch.epoch, batch.position)
                 within_step = False
                 monitor.stepped()
                 if monitor.losses_due(at.steps, config.print_freq):
@@ -256,39 +306,54 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
                         say(line)
                 if monitor.samples_due(at.steps, config.display_freq):
                     monitor.show_samples(at.steps, lr, step)
-                if at.steps % config.save_latest_freq == 0:
+                if at.steps % config.save_latest_freq == 0 or ends_epochs(at, config.save_epoch_freq):
                     save()
             stops.settle()
             if at.steps > first and at.steps % config.display_freq and not stops:
                 monitor.show_samples(at.steps, lr, step)
             if at.steps > tried:
                 save()
-        except (NotFinite, RankGone):
+        except (NotFinite, RankGone) as error:
+            failure = f"error: {error}"
             raise
         except Exception as error:
+            if within_step and undo is not None and undo.take_back():
+                within_step = False
             if at.steps > tried and not within_step and (alone or verdict):
                 save_in_spite_of(save, at.steps)
             if verdict:
                 ranks.part()
-            if "DataLoader worker" in str(error):
-                raise UserError(
-                    f"a process that decodes images ended ({error}); go on with --continue_train, with fewer "
-                    "--num_threads if memory is short"
-                ) from error
+            failure = f"error: {error}"
             raise
         finally:
             monitor.close()
-            with stops.limited(f"stopped at step {at.steps}; {stopped}"):
+            line, code = f"done: {at.steps} steps; checkpoints and samples are in {folder}", 0
+            if stops if alone else verdict:
+                line, code = f"stopped at step {at.steps}; {stopped}", stops.exit_code
+            with limited(*((failure, 2) if failure else (line, code))):  # a decoder may wait for ever
                 loader.close()
             prepared.release()
         stops.finish()
         ranks.part()
     if verdict == FAILED:
         sys.exit(2)
-    if stops if alone else verdict:
-        print(f"stopped at step {at.steps}; {stopped}")
-        sys.exit(stops.exit_code)
-    print(f"done: {at.steps} steps; checkpoints and samples are in {folder}")
+    print(line)
+    if code:
+        sys.exit(code)
+
+
+def ranks_line(config: TrainConfig, ranks: Ranks, device: torch.device) -> str:
+    """How many processes train, on what, and what a step of all of them is."""
+    each, backend = ("GPU", "NCCL") if device.type == "cuda" else ("CPU process", "gloo")
+    return (
+        f"{ranks.size} processes, one a {each} ({backend}): --batch_size {config.batch_size} in each makes "
+        f"{config.batch_size * ranks.size} pairs a step; gradients and losses are means over all"
+    )
+
+
+def ends_epochs(at: Position, every: int | None) -> bool:
+    """Whether ``every`` epochs more are whole."""
+    return every is not None and at.sample == 0 and at.epoch % every == 0
 
 
 def save_in_spite_of(save: Callable[[], None], steps: int) -> None:
@@ -299,15 +364,6 @@ def save_in_spite_of(save: Callable[[], None], steps: int) -> None:
         say(f"step {steps} could not be saved: {error}")
     else:
         say(f"step {steps} is saved; --continue_train goes on from it")
-
-
-def ranks_line(config: TrainConfig, ranks: Ranks, device: torch.device) -> str:
-    """How many processes train, on what, and what a step of all of them is."""
-    each, backend = ("GPU", "NCCL") if device.type == "cuda" else ("CPU process", "gloo")
-    return (
-        f"{ranks.size} processes, one a {each} ({backend}): --batch_size {config.batch_size} in each makes "
-        f"{config.batch_size * ranks.size} pairs a step; gradients and losses are means over all"
-    )
 
 
 def goes_on(folder: Path) -> bool:
@@ -360,7 +416,15 @@ def main(argv: list[str] | None = None) -> None:
         def command(config: TrainConfig) -> None:
             train(config, ranks)
 
-        cli.run(TrainConfig, command, argv, default=defaults, decide=decided, complain=ranks.complain)
+        cli.run(
+            TrainConfig,
+            command,
+            argv,
+            default=defaults,
+            habits=train_words,
+            decide=decided,
+            complain=ranks.complain,
+        )
 
 
 if __name__ == "__main__":

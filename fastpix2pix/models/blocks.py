@@ -1,5 +1,7 @@
 """The parts of both networks: a convolution with its fused epilogue, and the joint of a skip connection."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +38,7 @@ class Epilogue(nn.Module):
         bias: bool = False,
     ):
         super().__init__()
-        self.norm = norm
+        self.norm, self.gamma_std = norm, architecture.gamma_std
         self.config = NormActConfig(
             norm=norm is not None,
             eps=architecture.eps,
@@ -171,13 +173,32 @@ def set_working_type(network: nn.Module, dtype: torch.dtype) -> None:
     network.last.weight.data = network.last.weight.data.to(dtype)
 
 
-def initialise(module: nn.Module) -> None:
-    """Weights from N(0, 0.02), biases zero (Isola et al., section 6.2; both references)."""
+INITIALISERS: dict[str, Callable[[Tensor, float], object]] = {
+    "normal": lambda weight, gain: nn.init.normal_(weight, 0.0, gain),
+    "xavier": nn.init.xavier_normal_,
+    "kaiming": lambda weight, gain: nn.init.kaiming_normal_(weight),  # which has a gain of its own
+    "orthogonal": nn.init.orthogonal_,
+}
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, init_type: str = "normal", gain: float = INIT_STD) -> None:
+    """Weights of the convolutions by ``init_type``, biases zero.
+
+    By default weights are from N(0, 0.02) (Isola et al., section 6.2; both references); the other types and
+    the gain are pytorch-CycleGAN-and-pix2pix's, with which norm weights that are drawn at all spread by the
+    gain too.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.normal_(layer.weight, 0.0, INIT_STD)
+            # Into contiguous memory: orthogonal_ refuses channels-last.
+            drawn = torch.empty_like(layer.weight, memory_format=torch.contiguous_format)
+            INITIALISERS[init_type](drawn, gain)
+            layer.weight.copy_(drawn)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+        elif isinstance(layer, Epilogue) and layer.weight is not None and layer.gamma_std not in (0.0, gain):
+            nn.init.normal_(layer.weight, 1.0, gain)
 
 
 class Join(torch.autograd.Function):

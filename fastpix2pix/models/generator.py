@@ -138,6 +138,12 @@ class UNetGenerator(nn.Module):
         bias = self.last.bias.to(compute_dtype(pre.dtype)).view(1, -1, 1, 1)
         return torch.tanh(pre + bias).to(pre.dtype)
 
+    def leave_out_dropout(self) -> None:
+        """Generate without dropout from now on, in training mode too."""
+        self.dropout = 0.0
+        for up in self.ups:
+            up.epilogue.config = up.epilogue.config._replace(dropout=0.0)
+
     def fresh(self) -> "UNetGenerator":
         """Another generator of this architecture, with newly drawn weights, on the CPU."""
         return UNetGenerator(

@@ -113,10 +113,11 @@ IMPORTS = {
 }
 
 LAYERS = [
-    "errors presets pixels cores device environment host_memory history metrics page",
+    "errors presets pixels tiling cores device environment host_memory free_memory signals history metrics"
+    " perceptual page",
     "kernels",
     "models losses acceleration",
-    "training data config checkpoint monitor report gallery cli interop translator",
+    "training data config checkpoint monitor loss_table wandb_run report gallery cli interop translator",
 ]
 """From the bottom up; a module may import its own layer and those below. What is not named here is a command:
 it lies above them all."""
