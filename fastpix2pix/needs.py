@@ -96,7 +96,8 @@ def check_data(config: TrainConfig, loader: Loader, precision: Precision, total_
         if ranks > 1:
             each, most = f" in each of {ranks} processes", str(len(loader) // ranks)
         raise UserError(
-            f"--batch_size {config.batch_size}{each}: the data set has {len(loader)} pairs; give at most {most}"
+            f"--batch_size {config.batch_size}{each}: the data set has {len(loader)} pairs; give at most "
+            f"{most}"
         )
     if loader.cached:
         cache = Part("the cache of decoded pairs", "--cache", loader.resized_bytes)

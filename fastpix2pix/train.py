@@ -213,7 +213,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
     )
 
     def environment_block() -> dict:
-        data = {
+        data: dict = {
             "loader": loader.kind,
             "direction": config.resolved_direction(),
             "steps": total,

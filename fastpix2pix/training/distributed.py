@@ -356,7 +356,12 @@ class _TorchrunRanks(Ranks):
             self._barrier()
 
     def part(self) -> None:
-        self._barrier()
+        # By the store: a barrier fails where a rank that has left it already closes its connections.
+        with _collective():
+            self._store.add("parting", 1)
+            while self._store.add("parting", 0) < self.size:
+                time.sleep(0.02)
+        self._closing.set()  # from here on others are gone, and that is well
         self.parted = True
 
     def close(self) -> None:
