@@ -94,7 +94,7 @@ def traced(preset: str, batch_size: int, ranks: int) -> Rank:
     workload, exchange = Workload(preset=preset, batch_size=batch_size), Counting(ranks)
     step = traffic.our_step(workload, "bf16", exchange)
     exchange.sent, exchange.collectives = 0.0, 0  # the initial weights do not count
-    entries = traffic.trace_ours(workload, "bf16", step)
+    entries = traffic.trace_ours(workload, "bf16", step=step)
     return Rank(entries, exchange.sent, exchange.collectives)
 
 

@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING
 if sys.argv[:1] == ["-m"]:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from fastpix2pix.signals import end_with_a_line
-
-    end_with_a_line()
+    import_module("fastpix2pix.signals").end_with_a_line()
 
 if TYPE_CHECKING:
     from fastpix2pix.acceleration import accelerate

@@ -25,9 +25,6 @@ What is further above what there is, is refused; what is above it at all, is sai
 # images as matrices of tiles, fitted to measured memory (1 thread, AVX2).
 KEPT = {"cuda": (1.2, 3.9, 36.0), "cpu": (9.3, 9.3, 0.0)}
 
-PROCESS = 420 << 20
-"""What the process takes with its libraries, but without any training."""
-
 
 @dataclass(frozen=True)
 class Part:
@@ -36,6 +33,10 @@ class Part:
     what: str
     flags: str
     size: float
+
+
+LIBRARIES = Part("the libraries", "the number of other programs", 420 << 20)
+"""The process without any training; those of CUDA take more."""
 
 
 def parameters(options: NetworkOptions) -> int:
@@ -69,22 +70,38 @@ def memory_parts(config: TrainConfig, device: torch.device, precision: Precision
     pixels = float(config.batch_size) * config.crop_size**2
     # Gradients are alive one at a time, but on a CPU some weights are so in matrix form as well.
     weights = count * (4 * 3 + masters + item)
-    chunk = config.loader_options().chunk_size(device)
     parts = [
         Part("the weights and Adam's moments", "--ngf or --ndf", weights),
         Part("what a step keeps", "--batch_size, --crop_size, --ngf or --ndf", pixels * pixel * item),
         Part("the record of losses", "--print_freq", 4.0 * config.print_freq * len(Losses._fields)),
-        Part("pairs being decoded", "--load_size or --batch_size", 3 * 2 * 3.0 * chunk * config.load_size**2),
+        _decoded(config, device),
     ]
     if device.type == "cpu":
-        parts.append(Part("the libraries", "the number of other programs", PROCESS))
+        parts.append(LIBRARIES)
     return parts
+
+
+def host_parts(config: TrainConfig, device: torch.device) -> list[Part]:
+    """What the memory of the machine has to hold when ``device`` is a GPU: weights are made there first."""
+    weights = Part(
+        "the weights on their way to the GPU", "--ngf or --ndf", 4 * parameters(config.network_options())
+    )
+    return [weights, _decoded(config, device), LIBRARIES]
+
+
+def _decoded(config: TrainConfig, device: torch.device) -> Part:
+    """Three chunks of pairs: decoded, on their way, in use."""
+    chunk = config.loader_options().chunk_size(device)
+    size = 3 * 2 * 3.0 * chunk * config.load_size**2
+    return Part("pairs being decoded", "--load_size or --batch_size", size)
 
 
 def check_memory(config: TrainConfig, device: torch.device, precision: Precision) -> None:
     """Raise UserError when a training surely does not fit into the memory of ``device``, and say so when it
     may not. Allocates nothing."""
     _check(memory_parts(config, device, precision), device)
+    if device.type == "cuda":
+        _check(host_parts(config, device), torch.device("cpu"))
 
 
 def check_data(config: TrainConfig, loader: Loader, precision: Precision, total_steps: int) -> None:

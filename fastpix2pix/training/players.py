@@ -40,7 +40,12 @@ class Backward(NamedTuple):
 
 
 class Players(Protocol):
-    """Generator and discriminator, as an update rule sees them."""
+    """Generator and discriminator, as an update rule sees them.
+
+    logit_bias: the discriminator's last bias, where it is for the loss to add to the logits.
+    """
+
+    logit_bias: nn.Parameter | None
 
     def draw(self, source: Tensor, target: Tensor) -> Drawn:
         """The generated image for ``source`` and its L1 distance from ``target``."""
@@ -64,6 +69,7 @@ class FusedPlayers:
 
     def __init__(self, generator: UNetGenerator, discriminator: PatchDiscriminator, *, real_first: bool):
         self.generator, self.discriminator, self.real_first = generator, discriminator, real_first
+        self.logit_bias: nn.Parameter = discriminator.last.bias
 
     def draw(self, source: Tensor, target: Tensor) -> Drawn:
         n, c, h, w = source.shape
@@ -75,11 +81,11 @@ class FusedPlayers:
         )
         first, second = slice(0, n), slice(n, 2 * n)
         real_rows, fake_rows = (first, second) if self.real_first else (second, first)
-        pairs[first, :c] = source
-        pairs[second, :c] = source
-        pairs[real_rows, c:] = target
+        pairs.unflatten(0, (2, n))[:, :, :c] = source  # beside both, in one copy
         before_tanh = self.generator.before_tanh(source)
-        fake, l1 = tanh_l1(before_tanh, self.generator.last.bias, target, out=pairs[fake_rows, c:])
+        fake, l1 = tanh_l1(
+            before_tanh, self.generator.last.bias, target, pairs[fake_rows, c:], pairs[real_rows, c:]
+        )
         return Drawn(source, target, fake, l1, pairs, fake_rows)
 
     def logits_of_both(self, drawn: Drawn, *, through_fake: bool) -> tuple[Tensor, Tensor]:
@@ -93,6 +99,13 @@ class FusedPlayers:
         return logits
 
     def backward(self, paths: Sequence[Backward]) -> None:
+        bias = self.logit_bias
+        if not bias._backward_hooks and not bias._post_accumulate_grad_hooks:
+            # Autograd would copy a gradient that others hold too.
+            for path in paths:
+                if path.output is bias:
+                    bias.grad = path.gradient
+            paths = [path for path in paths if path.output is not bias]
         torch.autograd.backward(
             [path.output for path in paths],
             [path.gradient for path in paths],
@@ -106,6 +119,7 @@ class ModulePlayers:
 
     def __init__(self, generator: nn.Module, discriminator: nn.Module, *, real_first: bool):
         self.generator, self.discriminator, self.real_first = generator, discriminator, real_first
+        self.logit_bias = None
 
     def draw(self, source: Tensor, target: Tensor) -> Drawn:
         fake = self.generator(source)

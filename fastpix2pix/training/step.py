@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastpix2pix.kernels.adam import LARGE
 from fastpix2pix.kernels.gan_loss import gan_loss, gan_target_loss
+from fastpix2pix.kernels.loss_row import LossTerms
 from fastpix2pix.kernels.reference import GanLoss, compute_dtype
 from fastpix2pix.models.blocks import set_working_type
 from fastpix2pix.training.distributed import Exchange
@@ -23,7 +24,7 @@ from fastpix2pix.training.sharded import ShardedAdam, exchanged_updates
 Between = Callable[[], None]
 """What the host does between two segments of a step: an exchange with the other ranks."""
 
-Updates = Generator[Between, None, Losses]
+Updates = Generator[Between, None, LossTerms]
 
 
 class TrainStep:
@@ -88,7 +89,7 @@ class TrainStep:
         self.ring = LossRing(options.print_freq, weight.device)
         self.steps_taken = 0
         self.fake: Tensor | None = None
-        self._exchanged_losses = torch.zeros(len(Losses._fields), device=weight.device)
+        self._exchanged = torch.zeros(len(LossTerms._fields), device=weight.device)
         self._updating_early = False
         if fused and exchange is not None:
             self.set_dropout_rng(cast(Tensor, generator.rng))
@@ -112,15 +113,15 @@ class TrainStep:
         A generator of what the host does between two of them; without an exchange it is one segment.
         """
         update = self._simultaneous if self.rule.simultaneous else self._alternating
-        losses = yield from update(source, target)
+        terms = yield from update(source, target)
         if self.exchange is not None:
-            share = torch.stack([loss.to(self._exchanged_losses.dtype) for loss in losses])
-            torch.mul(share, 1 / self.exchange.size, out=self._exchanged_losses)
-            yield partial(self.exchange.sum_, self._exchanged_losses)
-            losses = Losses(*self._exchanged_losses.unbind())
+            mine = torch.stack([term.to(self._exchanged.dtype) for term in terms])
+            torch.mul(mine, 1 / self.exchange.size, out=self._exchanged)
+            yield partial(self.exchange.sum_, self._exchanged)
+            terms = LossTerms(*self._exchanged.unbind())
         if self.loss_scale is not None:
             self.loss_scale.update()
-        self.ring.write(losses)
+        self.ring.write(terms, self.lambda_l1)
 
     def stepped(self) -> Losses:
         """Count a step whose body has run, or been replayed, and return its losses."""
@@ -185,30 +186,34 @@ class TrainStep:
         logits, fake_logits = self.players.logits_of_both(drawn, through_fake=True)
         gan = self._gan_loss(logits)
         yield from self._update(
-            Backward(logits, gan.disc_grad, self.disc_optimizer),
+            *self._disc_paths(logits, gan),
             Backward(fake_logits, gan.gen_grad, self.gen_optimizer),
             Backward(drawn.l1, self._l1_gradient, self.gen_optimizer),
         )
         disc, gen, real, fake = gan.losses.unbind()
-        return self._losses(gen, drawn.l1, disc, real, fake)
+        return LossTerms(gen, drawn.l1.detach(), disc, real, fake)
 
     def _alternating(self, source: Tensor, target: Tensor) -> Updates:
         """junyanz's: D steps on the image, then G against the new D."""
         drawn = self._draw(source, target)
         logits, _ = self.players.logits_of_both(drawn, through_fake=False)
         gan = self._gan_loss(logits)
-        yield from self._update(Backward(logits, gan.disc_grad, self.disc_optimizer))
+        yield from self._update(*self._disc_paths(logits, gan))
 
         fake_logits = self.players.logits_of_fake(drawn)
         gen, gen_grad = gan_target_loss(
-            fake_logits.detach(), True, mode=self.options.gan_mode, scale=self._scale
+            fake_logits.detach(),
+            True,
+            mode=self.options.gan_mode,
+            bias=self._logit_bias,
+            scale=self._scale,
         )
         yield from self._update(
             Backward(fake_logits, gen_grad, self.gen_optimizer),
             Backward(drawn.l1, self._l1_gradient, self.gen_optimizer),
         )
         disc, _, real, fake = gan.losses.unbind()
-        return self._losses(gen, drawn.l1, disc, real, fake)
+        return LossTerms(gen, drawn.l1.detach(), disc, real, fake)
 
     def _draw(self, source: Tensor, target: Tensor) -> Drawn:
         drawn = self.players.draw(source, target)
@@ -221,8 +226,20 @@ class TrainStep:
             mode=self.options.gan_mode,
             real_first=self.rule.real_first,
             disc_factor=self.rule.disc_factor,
+            bias=self._logit_bias,
             scale=self._scale,
         )
+
+    def _disc_paths(self, logits: Tensor, gan: GanLoss) -> list[Backward]:
+        paths = [Backward(logits, gan.disc_grad, self.disc_optimizer)]
+        if gan.bias_grad is not None:
+            paths.append(Backward(self.players.logit_bias, gan.bias_grad, self.disc_optimizer))
+        return paths
+
+    @property
+    def _logit_bias(self) -> Tensor | None:
+        bias = self.players.logit_bias
+        return None if bias is None else bias.detach()
 
     @property
     def _scale(self) -> Tensor | None:
@@ -232,10 +249,6 @@ class TrainStep:
     def _l1_gradient(self) -> Tensor:
         """The gradient of the total loss by the L1 loss."""
         return self.lambda_l1 if self.loss_scale is None else self.lambda_l1 * self.loss_scale.scale
-
-    def _losses(self, gen: Tensor, l1: Tensor, disc: Tensor, real: Tensor, fake: Tensor) -> Losses:
-        l1 = l1.detach()
-        return Losses(gen + self.lambda_l1 * l1, gen, l1, disc, real, fake)
 
     # ----------------------------------------------------------------------------------------- updates
 

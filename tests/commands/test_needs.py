@@ -16,7 +16,7 @@ from tiny_run import SMALL, error_line, steps_saved, write_pairs
 
 from fastpix2pix import checkpoint, needs, train, translate
 from fastpix2pix.config import TrainConfig
-from fastpix2pix.errors import is_out_of_memory
+from fastpix2pix.errors import UserError, is_out_of_memory
 from fastpix2pix.free_memory import free_memory, in_words
 from fastpix2pix.models import NetworkOptions, UNetGenerator, build_networks
 from fastpix2pix.monitor import Monitor
@@ -233,6 +233,22 @@ def test_what_may_not_fit_is_said_and_tried(run, monkeypatch):
     monkeypatch.setattr(needs, "free_memory", lambda device: (there / 1.4, "a test"))
     code, _, err = run("--steps", 1, "--name", "other")
     assert code == 2 and "mostly for the libraries, and a test leaves" in error_line(err)
+
+
+def test_with_a_gpu_both_memories_are_checked(monkeypatch):
+    """16-bit weights with their masters and moments need more than 32-bit ones."""
+    there = {"cuda": 950 << 20, "cpu": 800 << 20}
+    monkeypatch.setattr(needs, "free_memory", lambda device: (there[device.type], device.type))
+    gpu = torch.device("cuda", 1)
+    for precision, per_parameter in (("fp32", 16), ("bf16", 18)):
+        weights, *_ = needs.memory_parts(TrainConfig(), gpu, precision)
+        assert weights.size == 57183620 * per_parameter
+    needs.check_memory(TrainConfig(), gpu, "bf16")
+    with pytest.raises(UserError, match="what a step keeps, and cuda leaves 950 MiB; lower --batch_size"):
+        needs.check_memory(TrainConfig(batch_size=64), gpu, "bf16")
+    there["cpu"] = 500 << 20
+    with pytest.raises(UserError, match="the libraries, and cpu leaves 500 MiB"):
+        needs.check_memory(TrainConfig(), gpu, "bf16")
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(run, tmp_path, monkeypatch):

@@ -122,6 +122,25 @@ def test_a_second_request_ends_at_once_whatever_the_main_thread_does():
     assert b"stopped at once" in err and b"Traceback" not in err
 
 
+REPEATS = """
+import os, signal, sys, time
+from fastpix2pix import signals
+signals.SAME_REQUEST = float(sys.argv[1])
+with signals.stop_requests(print):
+    for pause in (0.1, 0.1, float(sys.argv[2])):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(pause)
+print("alive")
+"""
+
+
+@pytest.mark.parametrize(("same", "pause", "code", "out"), [(1000, 0.5, 0, b"alive\n"), (0, 1000, 143, b"")])
+def test_a_signal_that_is_repeated_at_once_is_the_same_request(same, pause, code, out):
+    command = [sys.executable, "-c", REPEATS, str(same), str(pause)]
+    ended = subprocess.run(command, capture_output=True, timeout=SECONDS)
+    assert (ended.returncode, ended.stdout) == (code, out)
+
+
 CLOSES_FOR_EVER = """
 import os, signal, time
 from fastpix2pix import signals

@@ -322,7 +322,7 @@ def assert_same_state(a, b, where=""):
 
 def static(train_step: TrainStep) -> list[torch.Tensor]:
     buffers = [*train_step.gen_optimizer.buffers(), *train_step.disc_optimizer.buffers()]
-    return [*static_tensors(train_step), *buffers, train_step._exchanged_losses]
+    return [*static_tensors(train_step), *buffers, train_step._exchanged]
 
 
 @pytest.mark.parametrize(("preset", "precision"), [("tutorial", "fp16"), ("junyanz", "bf16")])
