@@ -1,15 +1,14 @@
 """Normalisation and activation on the CPU, by PyTorch's batch norm, in the memory layout that comes in.
 
-An instance norm is a batch norm of views: of (1, N * C, H, W) where the images are contiguous, and of one image at a
-time where they are channels-last, which ``F.instance_norm`` copies to contiguous memory and leaves there. The
-activation works in place on the norm's result, which has the sign that its gradient asks for.
+An instance norm is a batch norm of views: of (1, N * C, H, W) where the images are contiguous, and of one
+image at a time where they are channels-last, which ``F.instance_norm`` copies to contiguous memory and leaves
+there. The activation works in place on the norm's result, which has the sign that its gradient asks for.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpix2pix.kernels import reference
 from fastpix2pix.kernels.reference import NormActBackward, NormActConfig, NormActForward
 
 channels_last = torch.channels_last
@@ -78,7 +77,9 @@ def norm_act_forward(
 ) -> NormActForward:
     """``reference.norm_act_forward`` for what it ``covers``, in the layout of ``x``; not differentiable."""
     if not config.training:
-        y = torch.batch_norm(x, weight, bias, running_mean, running_var, False, config.momentum, config.eps, False)
+        y = torch.batch_norm(
+            x, weight, bias, running_mean, running_var, False, config.momentum, config.eps, False
+        )
         rstd = torch.rsqrt(running_var + config.eps)
         saved = (t.expand(config.groups, -1).clone() for t in (running_mean, rstd))
         return NormActForward(activate(y, config.slope), None, *saved)

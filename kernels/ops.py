@@ -1,13 +1,13 @@
 """The ops as PyTorch knows them: ``torch.ops.fastpix2pix.*``, for torch.compile, torch.export and autograd.
 
-Registered with schemas, fake implementations and autograd, and opaque to a compiler: a Triton kernel that
-``torch.library.wrap_triton`` shows to it may take tensors and numbers only, while ours take tuples of both and
-constants in tuples (``Parameters``, ``Constants``), and their gateway (launch.py) chooses block sizes from the sizes
-of the tensors that arrive. A compiler does not fuse into foreign kernels either way.
+Registered with schemas, fake implementations and autograd, and opaque to a compiler: of a Triton kernel that
+``torch.library.wrap_triton`` shows it, a graph holds arguments that are tensors and numbers, while ours take
+tuples of both and constants in tuples (``Parameters``, ``Constants``), and their gateway (launch.py) chooses
+block sizes from the sizes of the tensors that arrive. A compiler does not fuse into foreign kernels anyway.
 
-Called eagerly, an op costs the host some 50 us more than its Python function (measured on an AMD EPYC), so the
-functions here go through the registered op only where a graph is traced. The networks of this package call
-``kernels.norm_act`` and its neighbours, which also write into memory that is given.
+Called eagerly, an op costs the host some 50 us more than its Python function (measured on an AMD EPYC), so
+the functions here go through the registered op only where a graph is traced. The networks of this package
+call ``kernels.norm_act`` and its neighbours, which also write into memory that is given.
 
 Gradients can be taken once. Everything is registered on import.
 """
@@ -18,10 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fastpix2pix.kernels import cpu_norm, gan_loss, norm_act, reference, tanh_l1
-from fastpix2pix.kernels.launch import use_triton
+from fastpix2pix.kernels import cpu_norm, gan_loss, norm_act, tanh_l1
 from fastpix2pix.kernels.reference import NormActConfig, check_gan_mode, check_halves, compute_dtype
 
 NAMESPACE = "fastpix2pix"
@@ -40,10 +38,10 @@ def _register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) ->
 
 
 def _differentiable_once(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For a ``backward``: to differentiate its results raises RuntimeError, in one line that says what to do."""
+    """For a ``backward``: to differentiate its results raises RuntimeError, in one line with the remedy."""
     message = (
-        f"{NAMESPACE}::{name} cannot be differentiated twice, which a gradient penalty does: leave the network "
-        "that it is taken of as it was, without accelerate"
+        f"{NAMESPACE}::{name} cannot be differentiated twice, which a gradient penalty does: leave the "
+        "network that it is taken of as it was, without accelerate"
     )
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,7 +100,7 @@ def _norm_act_run(
         made = norm_act.norm_act_forward(x, weight, bias, running_mean, running_var, rng, config)
     empty = x.new_empty((0, x.shape[1]), dtype=compute_dtype(x.dtype))
     saved = (empty.clone() if t is None else t for t in (made.mean, made.rstd))
-    if not config.training:  # results of an op alias nothing, and these may be views of the running statistics
+    if not config.training:  # results of an op alias nothing; these may be views of running statistics
         saved = (t.clone(memory_format=torch.contiguous_format) for t in saved)
     return made.y.contiguous(memory_format=_layout(x)), *saved
 
@@ -223,10 +221,9 @@ def apply_norm_act(
 ) -> Tensor:
     """``dropout(activation(norm(x) * weight + bias))`` in the memory layout of ``x``; see ``reference``.
 
-    x: (N, C, H, W), contiguous or channels-last; weight, bias, running_mean, running_var: (C,) or None. Running
-    statistics are updated in place when training. rng: int64 (seed, step), for dropout. The registered op where
-    a graph is traced; on a CPU PyTorch's operators, where they compute the same and are faster; elsewhere
-    kernels.
+    x: (N, C, H, W), contiguous or channels-last; weight, bias, running_mean, running_var: (C,) or None.
+    Running statistics are updated in place when training. rng: int64 (seed, step), for dropout. It is the
+    registered op where a graph is traced.
     """
     tensors = (x, weight, bias, running_mean, running_var, rng)
     if _tracing():
@@ -238,7 +235,9 @@ def apply_norm_act(
 
 
 def _tanh_l1_fake(x, bias, target):
-    return torch.empty_like(x, memory_format=torch.channels_last), x.new_empty((), dtype=compute_dtype(x.dtype))
+    return torch.empty_like(x, memory_format=torch.channels_last), x.new_empty(
+        (), dtype=compute_dtype(x.dtype)
+    )
 
 
 def _tanh_l1_backward_run(
@@ -335,8 +334,8 @@ PATCHGAN_LOSS = _register(
 
 
 class _PatchGANLoss(torch.autograd.Function):
-    """The gradient is taken again in the backward pass rather than kept: a 16-bit one must be scaled before it
-    is rounded, and a loss scale arrives there.
+    """The gradient is taken again in the backward pass rather than kept: a 16-bit one must be scaled before
+    it is rounded, and a loss scale arrives there.
     """
 
     @staticmethod

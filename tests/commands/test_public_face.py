@@ -115,7 +115,7 @@ IMPORTS = {
 LAYERS = [
     "errors presets pixels device environment host_memory history metrics page",
     "kernels",
-    "models losses acceleration",
+    "models losses acceleration rewriting",
     "training data config checkpoint monitor report gallery cli interop translator",
 ]
 """From the bottom up; a module may import its own layer and those below. What is not named here is a command:

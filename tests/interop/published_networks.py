@@ -8,6 +8,7 @@ All of them normalise by instance, without affine parameters or running statisti
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -47,7 +48,11 @@ def hd_body(width: int, downs: int, blocks: int) -> list[nn.Module]:
     activation = nn.ReLU(True)
     layers = [nn.ReflectionPad2d(3), nn.Conv2d(3, width, 7), norm(width), activation]
     for i in range(downs):
-        layers += [nn.Conv2d(width * 2**i, width * 2 ** (i + 1), 3, 2, 1), norm(width * 2 ** (i + 1)), activation]
+        layers += [
+            nn.Conv2d(width * 2**i, width * 2 ** (i + 1), 3, 2, 1),
+            norm(width * 2 ** (i + 1)),
+            activation,
+        ]
     layers += [HDBlock(width * 2**downs, activation) for _ in range(blocks)]
     for i in reversed(range(downs)):
         up = nn.ConvTranspose2d(width * 2 ** (i + 1), width * 2**i, 3, 2, 1, output_padding=1)
@@ -66,7 +71,7 @@ class HDGlobal(nn.Module):
 
 
 class HDLocal(nn.Module):
-    """Local enhancer: the global generator's features at half the size join its own after two convolutions."""
+    """Local enhancer: the global generator's features at half the size join its own."""
 
     def __init__(self, width: int = 32, downs: int = 4, blocks: int = 9, local_blocks: int = 3):
         super().__init__()
@@ -150,7 +155,11 @@ class GANDown(nn.Module):
 class GANUp(nn.Module):
     def __init__(self, inside: int, outside: int, dropout: float = 0.0):
         super().__init__()
-        layers = [nn.ConvTranspose2d(inside, outside, 4, 2, 1, bias=False), norm(outside), nn.ReLU(inplace=True)]
+        layers = [
+            nn.ConvTranspose2d(inside, outside, 4, 2, 1, bias=False),
+            norm(outside),
+            nn.ReLU(inplace=True),
+        ]
         layers += [nn.Dropout(dropout)] if dropout else []
         self.model = nn.Sequential(*layers)
 
@@ -172,7 +181,10 @@ class GANUNet(nn.Module):
             inside = widths[-1] if i == 0 else 2 * widths[-1 - i]
             setattr(self, f"up{i + 1}", GANUp(inside, widths[-2 - i], dropout if i < depth - 4 else 0.0))
         self.final = nn.Sequential(
-            nn.Upsample(scale_factor=2), nn.ZeroPad2d((1, 0, 1, 0)), nn.Conv2d(2 * width, 3, 4, padding=1), nn.Tanh()
+            nn.Upsample(scale_factor=2),
+            nn.ZeroPad2d((1, 0, 1, 0)),
+            nn.Conv2d(2 * width, 3, 4, padding=1),
+            nn.Tanh(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -316,6 +328,6 @@ PUBLISHED = {
     "PyTorch-GAN generator": Published(GANUNet, (64, 256)),
     "PyTorch-GAN discriminator": Published(GANDiscriminator, (64, 256), (3, 3)),
     "CUT generator": Published(CUTResNet, (64, 256)),
-    "CUT generator without anti-aliasing": Published(lambda width: CUTResNet(width, antialias=False), (64, 256)),
+    "CUT generator without anti-aliasing": Published(partial(CUTResNet, antialias=False), (64, 256)),
     "CUT discriminator": Published(CUTDiscriminator, (64, 256)),
 }
