@@ -38,11 +38,12 @@ def is_plain_sequential(module: nn.Module) -> bool:
 
 
 def join(y: Tensor, residual: Tensor, slope: float = 1.0) -> Tensor:
-    """``activation(y + residual)``, into the memory of ``y``, a norm's result that nothing else reads."""
-    if residual.shape == y.shape and residual.dtype == y.dtype:
-        return activate(y.add_(residual), slope)
-    total = y + residual
-    return total if slope == 1.0 else F.leaky_relu(total, slope)
+    """``activation(y + residual)``, into the memory of ``y``, a norm's result that nothing else reads.
+
+    A view is not written, as autograd would copy its gradient.
+    """
+    same = residual.shape == y.shape and residual.dtype == y.dtype and not y._is_view()
+    return activate(y.add_(residual) if same else y + residual, slope)
 
 
 # ------------------------------------------------------------------------------------------------ the class
@@ -114,6 +115,8 @@ def _trace(module: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
     Raises whatever the forward raises when it meets something else than tensors.
     """
     kind, before, found = type(module), dict(module.__dict__), {}
+    if kind.forward is nn.Module.forward:
+        raise ValueError("it has none")
 
     class Watching(kind):  # type: ignore[misc, valid-type]
         def __getattribute__(self, name: str) -> Any:

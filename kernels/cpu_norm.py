@@ -59,11 +59,14 @@ def norm_act(
     rest = config.training, config.momentum, config.eps, False
     if config.groups == 1 or not config.training:
         y = torch.batch_norm(x, weight, bias, running_mean, running_var, *rest)
-    elif not x.is_contiguous(memory_format=channels_last):
-        flat = x.reshape(1, n * c, h, w)
-        y = torch.batch_norm(flat, _tiled(weight, n), _tiled(bias, n), None, None, *rest).view(n, c, h, w)
-    else:
+    elif x.is_contiguous(memory_format=channels_last):
         y = _ImageByImage.apply(x, weight, bias, config)
+    else:
+        flat = torch.batch_norm(
+            x.reshape(1, n * c, h, w), _tiled(weight, n), _tiled(bias, n), None, None, *rest
+        )
+        # Before it is a view: autograd copies gradients where views are written.
+        return activate(flat, config.slope).view(n, c, h, w)
     return activate(y, config.slope)
 
 

@@ -13,7 +13,6 @@ Gradients can be taken once. Everything is registered on import.
 """
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -37,27 +36,27 @@ def _register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) ->
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def _differentiable_once(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For a ``backward``: to differentiate its results raises RuntimeError, in one line with the remedy."""
-    message = (
-        f"{NAMESPACE}::{name} cannot be differentiated twice, which a gradient penalty does: leave the "
-        "network that it is taken of as it was, without accelerate"
-    )
+class _Gradients(torch.autograd.Function):
+    """A backward pass that something wants to differentiate in its turn, which is refused when it does."""
 
-    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(backward)
-        def once(ctx: Any, *gradients: Tensor | None) -> Any:
-            with torch.no_grad():
-                results = backward(ctx, *gradients)
-            if not torch.is_grad_enabled():
-                return results
-            refuse = torch._C._functions.DelayedError(message.encode(), len(results))
-            marked = (None if t is None else t.detach().requires_grad_() for t in results)
-            return refuse(*marked)
+    @staticmethod
+    def forward(ctx, name, run, *arguments):
+        ctx.name = name
+        return _below_autograd(run, *arguments)
 
-        return once
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"{NAMESPACE}::{ctx.name} can be differentiated once; for a second derivative, as in a gradient "
+            "penalty, keep PyTorch's own op: leave that network without accelerate"
+        )
 
-    return decorate
+
+def _gradients(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
+    """``run(*arguments)`` in the backward pass of the op called ``name``."""
+    if torch.is_grad_enabled():  # with create_graph=True
+        return _Gradients.apply(name, run, *arguments)
+    return run(*arguments)
 
 
 def _tracing() -> bool:
@@ -186,13 +185,14 @@ class _NormAct(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @_differentiable_once("norm_act")
     def backward(ctx, dy, *_):
         nothing = (None,) * (6 + len(ctx.constants) - 3)
         if dy is None:
             return None, None, None, None, None, *nothing
         needs = ctx.needs_input_grad[3:5]
-        dx, *affine = ctx.run_backward(dy, *ctx.saved_tensors, any(needs), *ctx.constants)
+        dx, *affine = _gradients(
+            "norm_act", ctx.run_backward, dy, *ctx.saved_tensors, any(needs), *ctx.constants
+        )
         has_norm = ctx.constants[0]
         dweight = affine[0] if needs[0] and has_norm else None  # without a norm only the bias counts
         affine = dweight, affine[1] if needs[1] else None
@@ -276,11 +276,10 @@ class _TanhL1(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @_differentiable_once("tanh_l1")
     def backward(ctx, dfake, dl1):
         if dfake is None and dl1 is None:
             return None, None, None
-        dx, dbias = TANH_L1_BACKWARD(dfake, dl1, *ctx.saved_tensors)
+        dx, dbias = _gradients("tanh_l1", TANH_L1_BACKWARD, dfake, dl1, *ctx.saved_tensors)
         return dx, dbias if ctx.needs_input_grad[1] else None, None
 
 
@@ -348,10 +347,9 @@ class _PatchGANLoss(torch.autograd.Function):
         ctx.save_for_backward(logits)
 
     @staticmethod
-    @_differentiable_once("patchgan_loss")
     def backward(ctx, dloss):
         (logits,) = ctx.saved_tensors
-        _, gradient = ctx.run_backward(logits, ctx.real, ctx.mode, dloss)
+        _, gradient = _gradients("patchgan_loss", ctx.run_backward, logits, ctx.real, ctx.mode, dloss)
         return None, None, gradient, None, None
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastpix2pix.acceleration import BatchNorm2dAct, FusedDropout, InstanceNorm2dAct, accelerate
+from fastpix2pix.kernels import launch
 from fastpix2pix.kernels.reference import dropout_mask
 
 NETWORKS = Path(__file__).parent / "junyanz_miniature" / "models" / "networks.py"
@@ -100,11 +101,8 @@ ARCHITECTURES = {
     "tutorial": (TutorialUNet, 32),
     "residual": (residual_generator, 32),
 }
-FUSED = {  # with dropout: how many norms, how many of them fused, how many dropouts
-    "junyanz": (14, 5, 2),
-    "tutorial": (6, 6, 3),
-    "residual": (5, 4, 1),
-}
+FUSED = {"junyanz": 14, "tutorial": 6, "residual": 5}  # norms, which are all fused
+DROPOUTS = {"junyanz": 2, "tutorial": 3, "residual": 1}
 
 
 def built(name, dropout):
@@ -120,8 +118,8 @@ def built(name, dropout):
 
 def run(network, x):
     """Output, gradients of the input and all parameters, and the whole state afterwards."""
-    y = network(x)
     torch.manual_seed(1)
+    y = network(x)
     gradients = torch.autograd.grad(y, [x, *network.parameters()], torch.randn_like(y))
     return [y, *gradients, *network.state_dict().values()]
 
@@ -138,7 +136,7 @@ def test_nothing_changes(name, memory_format):
     network = network.to(memory_format=memory_format)
     fused = copy.deepcopy(network)
     report = accelerate(fused)
-    assert len(report.changed) == FUSED[name][1] - (FUSED[name][2] if name == "junyanz" else 0)
+    assert (len(report.changed), report.left) == (FUSED[name], [])
     assert list(fused.state_dict()) == list(network.state_dict())
     for _ in range(2):  # the second step on the running statistics that the first left
         assert_equal(run(fused, x), run(network, x))
@@ -147,21 +145,29 @@ def test_nothing_changes(name, memory_format):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_dropout_is_where_it_was(name, monkeypatch):
-    """The dropouts of the original, made to draw the masks of the fused norms, give the same results."""
+def test_on_a_cpu_dropout_draws_what_it_drew(name):
     network, x = built(name, dropout=True)
     fused = copy.deepcopy(network)
     report = accelerate(fused)
-    assert (len(report.changed) + len(report.left), len(report.changed)) == FUSED[name][:2]
+    assert "".join(report.changed).count("Dropout") == DROPOUTS[name]
+    assert_equal(run(fused, x), run(network, x))
+
+
+def test_kernels_drop_where_the_dropouts_did(triton_device, monkeypatch):
+    """The dropouts of the original, made to draw the masks of the fused norms, give the same results."""
+    network, x = built("tutorial", dropout=True)
+    network, x = network.to(triton_device), x[:1].detach().to(triton_device).requires_grad_()
+    fused = copy.deepcopy(network)
+    accelerate(fused)
     seeds = []
 
     def randint(high, size, device):
-        seeds.append(torch.tensor([7, len(seeds)]))
+        seeds.append(torch.tensor([7, len(seeds)], device=device))
         return seeds[-1]
 
     monkeypatch.setattr(torch, "randint", randint)
     results = run(fused, x)
-    assert len(seeds) == FUSED[name][2]
+    assert len(seeds) == DROPOUTS["tutorial"]
     for layer in network.modules():
         if isinstance(layer, nn.Dropout):
             layer.register_forward_hook(
@@ -232,7 +238,7 @@ def test_parameters_are_shared_and_found_by_class():
     assert type(network[1]) is BatchNorm2dAct and isinstance(network[1], nn.BatchNorm2d)
     assert "BatchNorm2d" in type(network[1]).__name__ and network[1].weight is norm.weight
     assert type(network[3]) is InstanceNorm2dAct and type(network[3]).__name__.startswith("InstanceNorm")
-    assert accelerate(network) == ([], [])
+    assert accelerate(network)[:3] == ([], [], [])
 
 
 def test_affine_statistics_and_unbatched_variants():
@@ -298,38 +304,46 @@ def test_what_is_left_and_why():
     )
     before = {name: type(layer) for name, layer in network.named_modules()}
     report = accelerate(network)
-    assert report.changed == ["only_dropout.0: BatchNorm2d + Dropout"]
-    nothing = "no ReLU, LeakyReLU or Dropout follows it directly"
-    unknown = "it is not in an nn.Sequential, so what follows it is not known"
+    nothing = "alone: no activation, dropout or sum of its own follows it"
+    unknown = "alone: ModuleDict.forward cannot be traced (it has none)"
+    assert report.changed == [
+        f"alone: BatchNorm2d {unknown}",
+        f"tail.0: BatchNorm2d + ReLU",
+        f"end.0: BatchNorm2d {unknown}",
+        f"tanh.0: BatchNorm2d {unknown}",
+        f"channels.0: BatchNorm2d {unknown}",
+        f"steep.0: BatchNorm2d {unknown}",
+        "tracked.0: InstanceNorm2d + ReLU",
+        f"watched_activation.0: BatchNorm2d {unknown}",
+        "only_dropout.0: BatchNorm2d + Dropout",
+    ]
     assert report.left == [
-        f"alone: {unknown}",
-        f"tail.0: {unknown}",
-        f"end.0: {nothing}",
-        f"tanh.0: {nothing}",
-        f"channels.0: {nothing}",
-        f"steep.0: {nothing}",
         "cumulative.0: its running statistics are cumulative averages (momentum=None)",
-        "tracked.0: it normalises by running statistics of instances (track_running_stats=True)",
-        "group.0: GroupNorm is not BatchNorm2d or InstanceNorm2d",
+        "group.0: GroupNorm takes statistics over several channels; the kernels take them by channel",
         "sync.0: SyncBatchNorm is not BatchNorm2d or InstanceNorm2d",
         "watched.0: hooks watch it",
-        f"watched_activation.0: {nothing}",
         "lopsided.0: it has a weight without a bias, or the reverse",
         "first.0: it is used in more than one place",
     ]
-    assert str(report).splitlines()[:2] == ["fused 1 of 15 norms", f"  fused  {report.changed[0]}"]
-    after = {name: type(layer) for name, layer in network.named_modules()}
-    changed = {name for name in after if after[name] is not before[name]}
-    assert changed == {"only_dropout.0", "only_dropout.1"} and after["only_dropout.1"] is FusedDropout
 
 
-def test_differentiating_twice_is_refused():
-    network = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
-    accelerate(network)
-    x = torch.randn(3, 4, 5, 5, requires_grad=True)
+def penalty(network, x):
+    """Gradients of a gradient penalty."""
     (gradient,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
+    return torch.autograd.grad(gradient.square().sum(), [x, *network.parameters()])
+
+
+def test_differentiating_twice_works_on_a_cpu_and_is_refused_by_kernels(triton_device):
+    network = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(0.2)).double()
+    fused = copy.deepcopy(network)
+    accelerate(fused)
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "kernels_on_cpu", False)
+        assert_equal(penalty(fused, x), penalty(network, x))
+    fused, x = fused.to(triton_device), x.detach().to(triton_device).requires_grad_()
+    with pytest.raises(RuntimeError, match="norm_act can be differentiated once; .* without accelerate"):
+        penalty(fused, x)
 
 
 def test_kernels_compute_the_same(triton_device):
