@@ -2,14 +2,18 @@
 
 import copy
 import importlib.util
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from published_networks import PUBLISHED
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastpix2pix.acceleration import BatchNorm2dAct, FusedDropout, InstanceNorm2dAct, accelerate
+from fastpix2pix.acceleration import BatchNorm2dAct, InstanceNorm2dAct, accelerate
+from fastpix2pix.errors import UserError
 from fastpix2pix.kernels import launch
 from fastpix2pix.kernels.reference import dropout_mask
 
@@ -120,6 +124,7 @@ def run(network, x):
     """Output, gradients of the input and all parameters, and the whole state afterwards."""
     torch.manual_seed(1)
     y = network(x)
+    torch.manual_seed(2)
     gradients = torch.autograd.grad(y, [x, *network.parameters()], torch.randn_like(y))
     return [y, *gradients, *network.state_dict().values()]
 
@@ -155,8 +160,11 @@ def test_on_a_cpu_dropout_draws_what_it_drew(name):
 
 def test_kernels_drop_where_the_dropouts_did(triton_device, monkeypatch):
     """The dropouts of the original, made to draw the masks of the fused norms, give the same results."""
-    network, x = built("tutorial", dropout=True)
-    network, x = network.to(triton_device), x[:1].detach().to(triton_device).requires_grad_()
+    torch.manual_seed(0)
+    layers = [nn.BatchNorm2d(4), nn.Dropout(), nn.ReLU(), nn.Conv2d(4, 5, 3)]
+    layers += [nn.InstanceNorm2d(5), nn.LeakyReLU(0.2), nn.Dropout()]
+    network = nn.Sequential(*layers).double().to(triton_device)
+    x = torch.randn(2, 4, 6, 7, dtype=torch.float64, device=triton_device, requires_grad=True)
     fused = copy.deepcopy(network)
     accelerate(fused)
     seeds = []
@@ -167,7 +175,7 @@ def test_kernels_drop_where_the_dropouts_did(triton_device, monkeypatch):
 
     monkeypatch.setattr(torch, "randint", randint)
     results = run(fused, x)
-    assert len(seeds) == DROPOUTS["tutorial"]
+    assert len(seeds) == 2
     for layer in network.modules():
         if isinstance(layer, nn.Dropout):
             layer.register_forward_hook(
@@ -269,6 +277,232 @@ def test_affine_statistics_and_unbatched_variants():
         fused(x[0])
 
 
+class Functional(nn.Module):
+    """What a forward of one's own may do with a norm's result."""
+
+    def __init__(self, dense=False):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(5))
+        self.relu, self.dense = nn.ReLU(inplace=True), dense
+
+    def forward(self, x):
+        out = F.relu(self.norms[0](x))
+        out = self.relu(self.norms[1](out) + x)
+        out = F.leaky_relu(self.norms[2](out), negative_slope=0.3, inplace=True)
+        kept = torch.add(x, self.norms[3](out).relu_())
+        out = self.norms[4](kept) + out
+        return torch.cat((x, out), 1) if self.dense else out
+
+
+def test_functions_and_sums_after_a_norm_are_fused_where_fx_can_trace():
+    torch.manual_seed(0)
+    network = Functional().double()
+    fused = copy.deepcopy(network)
+    report = accelerate(fused)
+    assert [line.partition(": ")[2] for line in report.changed] == [
+        "BatchNorm2d + relu",
+        "BatchNorm2d + sum + ReLU",
+        "BatchNorm2d + leaky_relu",
+        "BatchNorm2d + relu_",
+        "BatchNorm2d + sum",
+    ]
+    assert type(fused).__name__ == "Functional" and isinstance(fused, Functional)
+    assert fused._traced is not None
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    copies = [fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))]
+    for mode in (True, False):
+        expected = run(network.train(mode), x)
+        for each in copies:
+            assert each._traced is not None and each._traced[0] is not None
+            assert_equal(run(each.train(mode), x), expected)
+    for each in (network, *copies):
+        each.dense = True  # not what was traced: the original forward runs, on the same norms
+        assert each(x).shape[1] == 8
+        assert_equal(run(each, x), run(network, x))
+
+
+class Moody(nn.Module):
+    def __init__(self, mood):
+        super().__init__()
+        self.norm, self.mood = nn.BatchNorm2d(4), mood
+
+    def forward(self, x):
+        y = self.norm(x)
+        if self.mood == "values" and y.sum() > 0:
+            y = y * 2
+        if self.mood == "stores":
+            self.last = y
+        if self.training:
+            y = F.relu(y)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("mood", "reason"),
+    [("values", "symbolically traced variables"), ("stores", "its forward sets last"), ("mode", None)],
+)
+def test_what_fx_cannot_trace_keeps_its_forward(mood, reason):
+    network = Moody(mood).double()
+    fused = copy.deepcopy(network)
+    (line,) = accelerate(fused).changed
+    assert "Moody.forward cannot be traced" in line and reason in line if reason else "relu" in line
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    for mode in (True, False):  # of these only the first was traced
+        assert_equal(run(fused.train(mode), x), run(network.train(mode), x))
+    assert "last" not in fused.__dict__ or mood == "stores"
+
+
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("n", (1, 3))
+def test_running_statistics_of_instances(n, memory_format):
+    network = nn.Sequential(nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.ReLU()).double()
+    fused = copy.deepcopy(network)
+    accelerate(fused)
+    x = torch.randn(n, 4, 5, 6, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
+    for mode in (True, True, False):
+        assert_equal(run(fused.train(mode), x), run(network.train(mode), x))
+
+
+def test_a_bias_joins_its_activation(triton_device):
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.LeakyReLU(0.2))
+    ups = (nn.ConvTranspose2d(4, 2, 3, 2, 1, output_padding=1), nn.ReLU(True), nn.Conv2d(2, 3, 1))
+    network = nn.Sequential(*layers, *ups).to(triton_device)
+    fused = copy.deepcopy(network)
+    report = accelerate(fused)
+    assert report.biases == ["0: Conv2d's bias + LeakyReLU", "2: ConvTranspose2d's bias + ReLU"]
+    assert list(fused.state_dict()) == list(network.state_dict())
+    x = torch.randn(2, 3, 6, 5, device=triton_device, requires_grad=True)
+    for kernels in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "kernels_on_cpu", kernels)
+            for result, expected in zip(run(fused, x), run(network, x), strict=True):
+                torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layouts():
+    def layout_of(network):
+        return network[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.ReLU())
+    for layout, said, converted in (
+        ("auto", "layout kept, as the network is on the CPU", False),
+        ("keep", "layout kept", False),
+        ("channels_last", "weights brought to channels-last", True),
+    ):
+        fused = copy.deepcopy(network)
+        assert accelerate(fused, layout=layout).layout == said
+        assert layout_of(fused) is converted
+        y = fused(torch.randn(2, 3, 6, 7))
+        assert y.is_contiguous(memory_format=torch.channels_last) is converted
+    with pytest.raises(UserError, match="layout is 'nhwc'; choose auto, channels_last or keep"):
+        accelerate(network, layout="nhwc")
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_under_autocast_a_norm_takes_16_bits_and_keeps_its_statistics_in_32(triton_device, kernels):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).to(triton_device)
+    fused = copy.deepcopy(network)
+    accelerate(fused)
+    x = torch.randn(2, 3, 6, 7, device=triton_device)
+    results = []
+    with pytest.MonkeyPatch.context() as patch, torch.autocast(triton_device, torch.bfloat16):
+        patch.setattr(launch, "kernels_on_cpu", kernels)
+        for net in (network, fused):
+            y = net(x)
+            assert y.dtype == torch.bfloat16
+            gradients = torch.autograd.grad(y.float().square().sum(), [*net.parameters()])
+            results.append([y, *gradients, net[1].running_mean, net[1].running_var])
+    for result, expected in zip(*reversed(results), strict=True):
+        assert result.dtype == expected.dtype
+        torch.testing.assert_close(result, expected, rtol=2**-6, atol=2**-4)
+    assert fused[1].running_var.dtype == torch.float32
+
+
+def test_functional_call_data_parallel_and_replicas():
+    network = Functional().double()
+    accelerate(network)
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    state = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+    state = {name: value.clone() for name, value in state.items()}
+    assert_equal([torch.func.functional_call(network, state, (x,))], [other(x)])
+    assert_equal([nn.DataParallel(network)(x)], [network(x)])
+    replica = network._replicate_for_data_parallel()
+    assert_equal([replica(x)], [network(x)])
+
+
+def test_distributed_data_parallel_reduces_the_gradients(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        network = Functional().double()
+        fused = copy.deepcopy(network)
+        accelerate(fused)
+        reduced = nn.parallel.DistributedDataParallel(fused)
+        x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+        for net in (reduced, network):
+            net(x).square().mean().backward()
+        assert_equal([p.grad for p in fused.parameters()], [p.grad for p in network.parameters()])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------- published networks
+
+NORMS = {
+    "pix2pixHD global generator": 27,
+    "pix2pixHD local enhancer": 36,
+    "pix2pixHD multiscale discriminator": 6,
+    "PyTorch-GAN generator": 13,
+    "PyTorch-GAN discriminator": 3,
+    "CUT generator": 23,
+    "CUT generator without anti-aliasing": 23,
+    "CUT discriminator": 3,
+}
+
+
+@pytest.mark.parametrize("layout", ["keep", "channels_last"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_networks_compute_what_they_did(name, layout):
+    """Outputs (logits and features too) and gradients of eight networks of three repositories."""
+    torch.manual_seed(0)
+    norms, options = NORMS[name], {}
+    if name == "PyTorch-GAN generator":  # eight levels want 256 pixels a side
+        assert len(accelerate(PUBLISHED[name].build(2)).changed) == norms
+        norms, options = 7, {"depth": 5}
+    network = PUBLISHED[name].build(4, **options).double()
+    for layer in network.modules():  # another layout would draw other masks
+        if isinstance(layer, nn.Dropout):
+            layer.eval()
+    fused = copy.deepcopy(network)
+    report = accelerate(fused, layout=layout)
+    assert (len(report.changed), report.left) == (norms, [])
+    assert not [line for line in report.changed if "alone" in line]
+    assert list(fused.state_dict()) == list(network.state_dict())
+    images = [
+        torch.randn(2, channels, 64, 64, dtype=torch.float64, requires_grad=True)
+        for channels in PUBLISHED[name].inputs
+    ]
+
+    def results(net):
+        made = [net(*images)]
+        while any(isinstance(part, list) for part in made):
+            made = [leaf for part in made for leaf in (part if isinstance(part, list) else [part])]
+        total = sum(part.square().mean() for part in made)
+        return made, torch.autograd.grad(total, [*images, *net.parameters()])
+
+    (made, gradients), (expected, expected_gradients) = results(fused), results(network)
+    for result, other in zip(made, expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=0, atol=1e-12 * other.abs().max().item())
+    largest = max(gradient.abs().max().item() for gradient in expected_gradients)
+    for result, other in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(result, other, rtol=1e-9, atol=1e-13 * largest)
+
+
 class Tail(nn.Sequential):
     def forward(self, x):
         return super().forward(x) + 1
@@ -302,13 +536,11 @@ def test_what_is_left_and_why():
             "only_dropout": nn.Sequential(nn.BatchNorm2d(4), nn.Dropout(0.1), nn.Dropout(0.1)),
         }
     )
-    before = {name: type(layer) for name, layer in network.named_modules()}
     report = accelerate(network)
-    nothing = "alone: no activation, dropout or sum of its own follows it"
     unknown = "alone: ModuleDict.forward cannot be traced (it has none)"
     assert report.changed == [
         f"alone: BatchNorm2d {unknown}",
-        f"tail.0: BatchNorm2d + ReLU",
+        "tail.0: BatchNorm2d + ReLU",
         f"end.0: BatchNorm2d {unknown}",
         f"tanh.0: BatchNorm2d {unknown}",
         f"channels.0: BatchNorm2d {unknown}",
