@@ -66,7 +66,7 @@ class Rewritten:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Code is not copied or pickled; a copy traces its own."""
         state = {name: value for name, value in self.__dict__.items() if name != "_traced"}
-        return _blank, (type(self).__mro__[2],), state
+        return _blank, (_own_class(self),), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -84,6 +84,11 @@ def _class_for(base: type[nn.Module]) -> type[nn.Module]:
     return _classes[base]
 
 
+def _own_class(module: Any) -> type[nn.Module]:
+    """That of the module before it was rewritten."""
+    return type(module).__mro__[2] if isinstance(module, Rewritten) else type(module)
+
+
 def _blank(base: type[nn.Module]) -> nn.Module:
     kind = _class_for(base)
     return kind.__new__(kind)
@@ -95,7 +100,7 @@ def _trace_again(module: nn.Module) -> None:
         graph, found = _trace(module)
     except Exception:  # whatever an unusual forward raises: the original runs
         return
-    if any(_fuse_after(module, graph, name) for name in names):
+    if any([_fuse_after(module, graph, name) for name in names]):
         module.__dict__["_traced"] = _compiled(graph), found
 
 
@@ -115,10 +120,11 @@ def _trace(module: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
     Raises whatever the forward raises when it meets something else than tensors.
     """
     kind, before, found = type(module), dict(module.__dict__), {}
-    if kind.forward is nn.Module.forward:
+    own = _own_class(module)
+    if own.forward is nn.Module.forward:
         raise ValueError("it has none")
 
-    class Watching(kind):  # type: ignore[misc, valid-type]
+    class Watching(own):  # type: ignore[misc, valid-type]
         def __getattribute__(self, name: str) -> Any:
             value = (
                 object.__getattribute__(self, name) if name == "__dict__" else super().__getattribute__(name)
@@ -242,9 +248,14 @@ def _word(module: nn.Module, node: fx.Node) -> str:
 def _runs_it(module: nn.Module, name: str) -> str:
     """The name of the innermost module around ``name`` whose forward is its own; the whole one's is ""."""
     holder = name.rpartition(".")[0]
-    while holder and is_plain_sequential(module.get_submodule(holder)):
+    while holder and _is_run_by_its_parent(module.get_submodule(holder)):
         holder = holder.rpartition(".")[0]
     return holder
+
+
+def _is_run_by_its_parent(module: nn.Module) -> bool:
+    """Whether it is a sequence, or a list without a forward."""
+    return is_plain_sequential(module) or type(module).forward is nn.Module.forward
 
 
 class Rewriting(NamedTuple):

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from fastpix2pix.kernels.adam import LARGE
-from fastpix2pix.kernels.gan_loss import gan_loss, gan_target_loss
 from fastpix2pix.kernels.reference import GanLoss, compute_dtype
 from fastpix2pix.models.blocks import set_working_type
 from fastpix2pix.training.losses import Losses, LossRing
+from fastpix2pix.training.objective import Objective, set_module_working_type
 from fastpix2pix.training.optim import LossScale, MasterAdam
 from fastpix2pix.training.options import StepOptions
 from fastpix2pix.training.players import Backward, Drawn, FusedPlayers, players_for
@@ -29,25 +29,36 @@ class TrainStep:
     image, (N, C, H, W).
 
     ``generator`` and ``discriminator`` may be any modules: the first maps the source to an image, the
-    second maps [source, image], stacked on channels, to logits. Our own two run fused: the generated image
-    is written where the discriminator reads it, real and fake go through it as one batch, and a large
-    weight is updated as soon as its gradient is there, while that is still in the cache.
+    second source and image to logits; how it is called, and which losses there are, ``objective`` says. A
+    large weight is updated as soon as its gradient is there, while that is still in the cache. Our own two
+    run fused, too: the generated image is written where the discriminator reads it, and real and fake go
+    through it as one batch.
 
-    ``options.precision`` bf16 or fp16 converts our own networks' convolutions; the optimizers keep the
-    float32 weights they came with as masters. Weights in float16 get a dynamic ``loss_scale``.
+    ``options.precision`` bf16 or fp16 converts the networks, their normalisations excepted; the optimizers
+    keep the float32 weights they came with as masters. Weights in float16 get a dynamic ``loss_scale``.
     """
 
-    def __init__(self, generator: nn.Module, discriminator: nn.Module, options: StepOptions | None = None):
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        options: StepOptions | None = None,
+        *,
+        objective: Objective | None = None,
+    ):
         options = StepOptions() if options is None else options
         self.generator, self.discriminator, self.options = generator, discriminator, options
-        self.rule = options.rules.update
-        self.players = players_for(generator, discriminator, real_first=self.rule.real_first)
+        self.rule = options.rules.update if objective is None or objective.rule is None else objective.rule
+        self.players = players_for(
+            generator, discriminator, real_first=self.rule.real_first, objective=objective
+        )
         fused = isinstance(self.players, FusedPlayers)
         networks = (generator, discriminator)
         masters = [[p.detach().clone() for p in network.parameters()] for network in networks]
-        if fused and options.precision in ("bf16", "fp16"):
+        if options.precision in ("bf16", "fp16"):
+            convert = set_working_type if fused else set_module_working_type
             for network in networks:
-                set_working_type(network, WORKING_TYPES[options.precision])
+                convert(network, WORKING_TYPES[options.precision])
         weight = next(generator.parameters())
         self.loss_scale = LossScale(weight.device) if weight.dtype == torch.float16 else None
         adam: dict[str, Any] = {
@@ -68,7 +79,7 @@ class TrainStep:
         self.steps_taken = 0
         self.fake: Tensor | None = None
         self._updating_early = False
-        if fused and self.loss_scale is None:
+        if self.loss_scale is None:
             for optimizer in (self.gen_optimizer, self.disc_optimizer):
                 self._update_large_weights_early(optimizer)
 
@@ -144,7 +155,7 @@ class TrainStep:
         self._update(Backward(logits, gan.disc_grad, self.disc_optimizer))
 
         fake_logits = self.players.logits_of_fake(drawn)
-        gen, gen_grad = gan_target_loss(
+        gen, gen_grad = self.players.gan_target_loss(
             fake_logits.detach(), True, mode=self.options.gan_mode, scale=self._scale
         )
         self._update(
@@ -160,7 +171,7 @@ class TrainStep:
         return drawn
 
     def _gan_loss(self, logits: Tensor) -> GanLoss:
-        return gan_loss(
+        return self.players.gan_loss(
             logits.detach(),
             mode=self.options.gan_mode,
             real_first=self.rule.real_first,
