@@ -40,8 +40,10 @@ def is_plain_sequential(module: nn.Module) -> bool:
 def join(y: Tensor, residual: Tensor, slope: float = 1.0) -> Tensor:
     """``activation(y + residual)``, into the memory of ``y``, a norm's result that nothing else reads.
 
-    A view is not written, as autograd would copy its gradient.
+    A view is not written, as autograd would copy its gradient; nor is anything where a compiler looks on.
     """
+    if torch.compiler.is_compiling():
+        return F.leaky_relu(y + residual, slope) if slope != 1.0 else y + residual
     same = residual.shape == y.shape and residual.dtype == y.dtype and not y._is_view()
     return activate(y.add_(residual) if same else y + residual, slope)
 
@@ -100,7 +102,8 @@ def _trace_again(module: nn.Module) -> None:
         graph, found = _trace(module)
     except Exception:  # whatever an unusual forward raises: the original runs
         return
-    if any([_fuse_after(module, graph, name) for name in names]):
+    taken = [_fuse_after(module, graph, name) for name in names]
+    if any(taken):
         module.__dict__["_traced"] = _compiled(graph), found
 
 

@@ -39,6 +39,10 @@ def activate(y: Tensor, slope: float) -> Tensor:
     return y.relu_() if slope == 0.0 else F.leaky_relu_(y, slope)
 
 
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=channels_last)
+
+
 def _tiled(parameter: Tensor | None, n: int) -> Tensor | None:
     return None if parameter is None else parameter.repeat(n)
 
@@ -59,7 +63,7 @@ def norm_act(
     rest = config.training, config.momentum, config.eps, False
     if config.groups == 1 or not config.training:
         y = torch.batch_norm(x, weight, bias, running_mean, running_var, *rest)
-    elif x.is_contiguous(memory_format=channels_last):
+    elif _is_channels_last(x):
         y = _ImageByImage.apply(x, weight, bias, config)
     else:
         flat = torch.batch_norm(
@@ -130,27 +134,17 @@ def _by_group(
             x, weight, bias, running_mean, running_var, True, config.momentum, config.eps
         )
         return y, mean.unsqueeze(0), rstd.unsqueeze(0)
-    if not x.is_contiguous(memory_format=channels_last):
-        y, mean, rstd = torch.native_batch_norm(
-            x.reshape(1, n * c, h, w), _tiled(weight, n), _tiled(bias, n), None, None, True, 0.0, config.eps
-        )
-        return y.view(n, c, h, w), mean.view(n, c), rstd.view(n, c)
-    y = torch.empty_like(x, memory_format=channels_last)
+    y = torch.empty_like(x, memory_format=channels_last if _is_channels_last(x) else torch.contiguous_format)
     mean, rstd = x.new_empty(n, c), x.new_empty(n, c)
+    if not _is_channels_last(x):
+        flat = _tiled(weight, n), _tiled(bias, n), None, None, True, 0.0, config.eps
+        made = {"out": y.view(1, n * c, h, w), "save_mean": mean.view(-1), "save_invstd": rstd.view(-1)}
+        torch.ops.aten.native_batch_norm.out(x.reshape(1, n * c, h, w), *flat, **made)
+        return y, mean, rstd
     for i in range(n):
-        torch.ops.aten.native_batch_norm.out(
-            x[i : i + 1],
-            weight,
-            bias,
-            None,
-            None,
-            True,
-            0.0,
-            config.eps,
-            out=y[i : i + 1],
-            save_mean=mean[i],
-            save_invstd=rstd[i],
-        )
+        part = slice(i, i + 1)
+        made = {"out": y[part], "save_mean": mean[i], "save_invstd": rstd[i]}
+        torch.ops.aten.native_batch_norm.out(x[part], weight, bias, None, None, True, 0.0, config.eps, **made)
     return y, mean, rstd
 
 
@@ -163,7 +157,7 @@ def _backward_by_group(
     backward = torch.ops.aten.native_batch_norm_backward
     if groups == 1:
         return NormActBackward(*backward(dy, x, weight, None, None, mean[0], rstd[0], True, eps, wanted))
-    if not x.is_contiguous(memory_format=channels_last):
+    if not _is_channels_last(x):
         flat = (t.reshape(1, n * c, h, w) for t in (dy, x))
         saved = mean.flatten(), rstd.flatten()
         dx, *affine = backward(*flat, _tiled(weight, n), None, None, *saved, True, eps, wanted)
