@@ -1,6 +1,6 @@
 """A forward and backward pass of eight published networks, as they are and accelerated, in turns.
 
-    python -m benchmarks.accelerate --json results/accelerate-cpu.json
+    python -m benchmarks.accelerate --json benchmarks/results/accelerate-cpu.json
 
 Both layouts: a network that stays contiguous, and one that was brought to channels-last before. Ratios of the
 process's CPU time, which others on the machine disturb least, and of the clock's.
@@ -9,7 +9,6 @@ process's CPU time, which others on the machine disturb least, and of the clock'
 import argparse
 import copy
 import gc
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -78,7 +77,7 @@ def compare(name: str, rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     figures = []
@@ -93,7 +92,7 @@ def main() -> None:
             "conditions": {"width": WIDTH, "pixels": SIDE, "batch_size": 1, "rounds": arguments.rounds},
             "figures": figures,
         }
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        results.save(result, arguments.json)
 
 
 if __name__ == "__main__":
