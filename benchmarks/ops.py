@@ -1,4 +1,4 @@
-"""``norm_act`` on the CPU beside what people would use: PyTorch's own layers, and torch.compile of them, in turns.
+"""``norm_act`` on the CPU beside PyTorch's own layers, and beside torch.compile of them, in turns.
 
     python -m benchmarks.ops --json benchmarks/results/ops-cpu.json
 
