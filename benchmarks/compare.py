@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks import results
+from benchmarks import outsiders, results
 from benchmarks.processes import time_in_turns
 from benchmarks.timing import Seconds, speedup
-from benchmarks.variants import all_variants
+from benchmarks.variants import all_variants, outsider_variants
 from benchmarks.workload import Workload
 from fastpix2pix import cli
 
@@ -38,17 +38,24 @@ class CompareConfig:
     """Let torch.compile of the tuned step take part; it compiles for minutes."""
     threads: int | None = None
     """CPU threads. Default: PyTorch's choice."""
+    junyanz: Path | None = None
+    """With --preset junyanz: a checkout of pytorch-CycleGAN-and-pix2pix, whose own code takes part."""
     output: Path | None = None
     """JSON file for the result."""
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Prints and returns the result."""
+    if config.junyanz is not None:
+        outsiders.check_checkout(config.junyanz, config.preset)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     workload = Workload(preset=config.preset, batch_size=config.batch_size)
-    variants = all_variants(device, compiled=config.compiled)
+    variants = [
+        *outsider_variants(config.preset, config.junyanz),
+        *all_variants(device, compiled=config.compiled),
+    ]
     environment = results.environment(device)
     seconds = time_in_turns(variants, workload, device, config.rounds)
     result = {

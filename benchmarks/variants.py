@@ -1,9 +1,13 @@
 """Variants of one training step, from what everybody writes to ours, on the same weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
+from benchmarks import outsiders
 from benchmarks.peers import FUSED, PLAIN, PeerStep, Tuning, tuned
 from benchmarks.workload import Workload
 from fastpix2pix.models import build_networks
@@ -16,7 +20,7 @@ class StepVariant:
     """A way to run the step.
 
     rung: its place on the ladder from plain to fast, in words. tuning: of a peer, None for ours. precision,
-    captured: of ours.
+    captured: of ours. outsider: makes the step of a program that is not ours to write; it can be pickled.
     """
 
     name: str
@@ -24,6 +28,7 @@ class StepVariant:
     tuning: Tuning | None = None
     precision: str = "fp32"
     captured: bool = False
+    outsider: Callable[[Workload], outsiders.Step] | None = None
 
     @property
     def arithmetic(self) -> str:
@@ -47,6 +52,20 @@ def all_variants(device: torch.device, *, compiled: bool = False) -> list[StepVa
     if compiled:
         peers.append(StepVariant("compiled PyTorch", "+ torch.compile", replace(best, compiled=True)))
     return peers + our_variants(device)
+
+
+def outsider_variants(preset: str, junyanz: Path | None = None) -> list[StepVariant]:
+    """Other people's programs that compute the same step: TensorFlow where it is installed, and the checkout
+    ``junyanz`` of pytorch-CycleGAN-and-pix2pix."""
+    found = []
+    if preset == "tutorial" and outsiders.has_tensorflow():
+        found.append(
+            StepVariant("TensorFlow tutorial", "its own tf.function", outsider=outsiders.tensorflow_tutorial)
+        )
+    if preset == "junyanz" and junyanz is not None:
+        program = partial(outsiders.junyanz_program, junyanz)
+        found.append(StepVariant("pytorch-CycleGAN-and-pix2pix", "its own code", outsider=program))
+    return found
 
 
 def our_variants(device: torch.device) -> list[StepVariant]:
@@ -81,6 +100,9 @@ class RunningVariant:
     """
 
     def __init__(self, variant: StepVariant, workload: Workload, device: torch.device, pairs: int = 4):
+        if variant.outsider is not None:
+            self.step = variant.outsider(workload)  # type: ignore[method-assign]
+            return
         networks = build_networks(workload.network_options(), device)
         layout = torch.channels_last
         if variant.tuning is None:

@@ -13,9 +13,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# As a command (python -m fastpix2pix.train): Ctrl-C during the imports ends it without a traceback.
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# As a command (python -m fastpix2pix.train): no signal during the imports, or later, makes a traceback.
+if sys.argv[:1] == ["-m"]:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    import_module("fastpix2pix.signals").end_with_a_line()
 
 if TYPE_CHECKING:
     from fastpix2pix.acceleration import accelerate

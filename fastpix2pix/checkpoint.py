@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastpix2pix.errors import UserError
+from fastpix2pix.errors import UserError, is_out_of_memory
 
 _NAME = re.compile(r"step_(\d+)\.pt")
 
@@ -108,7 +108,7 @@ _CODE = re.compile("GLOBAL|unrecognized function|Can only (create new object|bui
 def _why_not_loaded(path: Path, error: Exception) -> str:
     """What ``error`` means for the file at ``path``, and the remedy; only damage is a reason to delete."""
     text = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+    if is_out_of_memory(error):
         return (
             f"not enough memory to load its {path.stat().st_size / 2**20:.0f} MiB; close other programs, or "
             "go on where there is more; the file is whole"

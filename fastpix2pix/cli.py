@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from difflib import SequenceMatcher
 from io import StringIO, TextIOWrapper
 from typing import Any, TypeVar
 
@@ -17,6 +18,9 @@ from fastpix2pix.errors import UserError
 
 Config = TypeVar("Config")
 
+LIKELY = 0.8
+"""How alike (difflib's ratio) an unknown flag and one of ours are for the one to be taken for the other."""
+
 
 def run(
     config_class: type[Config],
@@ -24,12 +28,14 @@ def run(
     argv: Sequence[str] | None = None,
     *,
     default: Callable[[Sequence[str]], Config | None] = lambda argv: None,
+    habits: Callable[[Sequence[str]], tuple[list[str], list[str]]] = lambda argv: ([*argv], []),
 ) -> None:
     """Parse ``argv`` (default: the process's) into ``config_class`` and call ``command`` with it.
 
     Field names become ``--snake_case`` flags, as users of other pix2pix programs know them; the string
     below each field is its help. ``default`` may look at ``argv`` and return a configuration that supplies
-    whatever no flag says. A ``UserError`` ends the process with one line on stderr
+    whatever no flag says. ``habits`` turns flags of other programs in ``argv`` into ours, before anything
+    else, and returns lines to say of them. A ``UserError`` ends the process with one line on stderr
     and exit code 2, the code that a bad flag gives too; an interrupt ends it with 130.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -39,13 +45,25 @@ def run(
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         with _interrupts_as_exceptions():
-            options: dict[str, Any] = {} if (found := default(argv)) is None else {"default": found}
+            argv, lines = habits(argv)
+            for line in lines:
+                print(line)
+            options: dict[str, Any] = {}
+            if (found := default(argv)) is not None:
+                options = {"default": found}
+                # Of a switch that is on already, tyro offers the one that turns it off alone.
+                argv = [word for word in argv if getattr(found, _field(word), None) is not True]
             command(_parse(config_class, argv, _program(command), **options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _field(word: str) -> str:
+    """The field that a word of the command line would be the flag of."""
+    return word[2:].replace("-", "_") if word.startswith("--") else ""
 
 
 def _program(command: Callable) -> str:
@@ -77,15 +95,20 @@ def _parse(config_class: type[Config], argv: Sequence[str], program: str, **opti
 
 
 def _what_is_wrong(box: str) -> str:
-    """The first paragraph of tyro's box, and the flag that it takes to be meant."""
+    """The first paragraph of tyro's box, and the flag that it takes to be meant, where that is likely."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
-    rules = [i for i, line in enumerate(lines) if line and not line.strip("─")]
+    if len(lines) > 1 and lines[1] and not lines[1].strip("-"):
+        lines = lines[2:]  # the title, which in ASCII is no part of the frame
+    rules = [i for i, line in enumerate(lines) if line and not line.strip("─-")]
     first = lines[: rules[0]] if rules else lines
     if "" in first:
         first = first[: first.index("")]
     meant = [line.split()[0] for line in lines[len(first) :] if line.startswith("--")]
-    hint = f"; did you mean {meant[0]}?" if meant and "nrecognized" in first[0] else ""
+    typed = re.search(r"nrecognized options: (--[\w-]+)", first[0])
+    likeness = {flag: SequenceMatcher(None, typed[1], flag).ratio() for flag in meant if typed}
+    best = max(likeness, key=likeness.__getitem__, default="")
+    hint = f"; did you mean {best}?" if best and likeness[best] > LIKELY else ""
     return " ".join(first).rstrip(".") + hint
 
 

@@ -13,20 +13,32 @@ from fastpix2pix.data.options import Direction, LoaderOptions
 from fastpix2pix.errors import UserError
 from fastpix2pix.models.discriminator import min_size
 from fastpix2pix.models.generator import size_multiple
-from fastpix2pix.models.options import GeneratorName, NetworkOptions, Norm
+from fastpix2pix.models.options import GeneratorName, InitType, NetworkOptions, Norm
 from fastpix2pix.presets import Preset, PresetName, find_preset
 from fastpix2pix.training.options import GanMode, Precision, StepOptions
 
 Part = TypeVar("Part", NetworkOptions, StepOptions)
 
-NOT_OF_THE_RUN = ("continue_train", "force")
+NOT_OF_THE_RUN = ("continue_train", "force", "quick")
 """Flags that say what to do with a run, and are no part of it."""
 
-TASK = ("dataroot", "dataset", "direction", "load_size", "crop_size", "no_flip", "gan_mode")
+QUICK = {"ngf": 16, "ndf": 16, "steps": 1500, "display_freq": 250}
+"""What --quick stands for."""
+
+TASK = (
+    *("dataroot", "dataset", "direction", "load_size", "crop_size", "no_flip", "gan_mode"),
+    *("preprocess", "max_dataset_size"),
+)
 """Flags that make another task of a run when they change in its middle."""
 
 ARCHITECTURE = ("preset", "netG", "ngf", "ndf", "n_layers_D", "norm")
 """Flags that a checkpoint's tensors depend on: they cannot change when a run continues."""
+
+BEGINNING = ("init_from", "init_type", "init_gain")
+"""Flags that decide how a run begins, and nothing of how it goes on."""
+
+LrPolicy = Literal["linear", "step", "cosine"]
+Preprocess = Literal["resize_and_crop", "crop", "none"]
 
 
 @dataclass(frozen=True)
@@ -50,18 +62,28 @@ class TrainConfig:
     """Continue the run NAME exactly where its newest checkpoint left it. What no flag says is as it was."""
     force: bool = False
     """Continue a run although a flag changes its task: its data, direction or sizes."""
+    quick: bool = False
+    """A first look, in minutes on a CPU: --ngf 16 --ndf 16 --steps 1500 --display_freq 250, where no flag
+    says otherwise."""
     preset: PresetName = NetworkOptions.preset
     """Whose pix2pix: the TensorFlow tutorial's, or pytorch-CycleGAN-and-pix2pix's. They differ in network,
     update rule, Adam, resize filter and direction."""
     direction: Direction | None = None
     """Which half is the input: AtoB the left one, BtoA the right one. Default: that of the data set by name
     (synthetic: BtoA); with --dataroot BtoA for tutorial, AtoB for junyanz."""
+    preprocess: Preprocess = "resize_and_crop"
+    """What is done to images: resized and cropped; cropped alone, from images that are all squares of one
+    size; or nothing but mirrored, images of one square size that the network takes."""
     load_size: int = LoaderOptions.load_size
     """Images are resized to this many pixels a side,"""
     crop_size: int = LoaderOptions.crop_size
     """then cropped at random to this."""
     no_flip: bool = False
     """Do not mirror images at random."""
+    serial_batches: bool = False
+    """Take the pairs in the order of their names in every epoch, instead of at random."""
+    max_dataset_size: int | None = None
+    """Train on the first so many pairs alone."""
     batch_size: int = LoaderOptions.batch_size
     """Pairs per step. Batch norm at batch 1 normalises each image by itself, which the paper recommends."""
     netG: GeneratorName = NetworkOptions.netG  # noqa: N815
@@ -76,6 +98,13 @@ class TrainConfig:
     """Normalisation of both networks."""
     no_dropout: bool = False
     """Leave out the generator's dropout."""
+    init_type: InitType = NetworkOptions.init_type
+    """How the convolutions' weights are drawn."""
+    init_gain: float = NetworkOptions.init_gain
+    """Standard deviation for normal; gain for xavier and orthogonal."""
+    init_from: Path | None = None
+    """Fine-tune: begin with the weights of another run (its folder, or a step_*.pt), of a *_net_G.pth, or of
+    the tutorial's generator as np.savez(FILE, *generator.get_weights()). What fits is taken, and said."""
     gan_mode: GanMode = StepOptions.gan_mode
     """Cross-entropy, or least squares."""
     lambda_L1: float = StepOptions.lambda_L1  # noqa: N815
@@ -90,6 +119,11 @@ class TrainConfig:
     """Length in epochs at the initial learning rate, instead of steps. Default for junyanz: 100."""
     n_epochs_decay: int | None = None
     """Epochs after these in which the learning rate falls linearly to zero. Default for junyanz: 100."""
+    lr_policy: LrPolicy = "linear"
+    """How the learning rate falls, epoch by epoch: linear to zero over n_epochs_decay, to a tenth every
+    lr_decay_iters epochs (step), or by the cosine of n_epochs."""
+    lr_decay_iters: int = 50
+    """Epochs between two falls of --lr_policy step."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
     precision: Precision | None = None
@@ -101,8 +135,11 @@ class TrainConfig:
     """Of the weights, of the order, crops and flips, and of dropout."""
     loader: Literal["auto", "dali", "portable"] = LoaderOptions.loader
     """DALI where it is installed, else the portable loader. Both produce the same samples."""
-    num_threads: int = LoaderOptions.num_threads
-    """Threads or workers that decode images."""
+    threads: int | None = None
+    """CPU threads that compute. Default: a thread for each core that this process may use."""
+    num_threads: int | None = None
+    """Threads or workers that decode images. Default: 4; beside a step that computes on the CPU, no more than
+    half the cores."""
     cache: float = 1.0
     """GiB for keeping the decoded data set (on the GPU where there is one); 0 decodes in every epoch."""
     print_freq: int = StepOptions.print_freq
@@ -111,8 +148,14 @@ class TrainConfig:
     """Steps between two sample grids (input | target | generated) of the same fixed pairs."""
     save_latest_freq: int = 5000
     """Steps between two checkpoints."""
+    save_epoch_freq: int | None = None
+    """Epochs between two checkpoints, beside those of save_latest_freq."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints stay on disk."""
+    use_wandb: bool = False
+    """Log losses, samples and the request to Weights & Biases too (pip install "fastpix2pix[wandb]")."""
+    wandb_project_name: str = "fastpix2pix"
+    """Project there."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -120,13 +163,27 @@ class TrainConfig:
         for field in ("display_freq", "save_latest_freq", "keep_checkpoints"):
             if getattr(self, field) < 1:
                 raise UserError(f"--{field} {getattr(self, field)}: give a number of at least 1")
-        for field, least in (("steps", 1), ("n_epochs", 1), ("n_epochs_decay", 0)):
+        least_values = {
+            "steps": 1,
+            "n_epochs": 1,
+            "n_epochs_decay": 0,
+            "save_epoch_freq": 1,
+            "lr_decay_iters": 1,
+            "threads": 1,
+        }
+        for field, least in least_values.items():
             if getattr(self, field) is not None and getattr(self, field) < least:
                 raise UserError(f"--{field} {getattr(self, field)}: give a number of at least {least}")
         if self.steps is not None and (self.n_epochs is not None or self.n_epochs_decay is not None):
             raise UserError("--steps and --n_epochs/--n_epochs_decay both set the length; give one of them")
         if self.n_epochs_decay is not None and self._epochs is None:
             raise UserError("--n_epochs_decay needs --n_epochs, the epochs before the decay")
+        if self.lr_policy == "cosine" and self._epochs is None:
+            raise UserError("--lr_policy cosine needs a length in epochs; give --n_epochs")
+        if self.preprocess != "none":  # whose crop is the image, whatever its size
+            self._check_crop_size()
+
+    def _check_crop_size(self) -> None:
         multiple = size_multiple(self.network_options().num_downs)
         if self.crop_size % multiple:
             raise UserError(
@@ -165,10 +222,12 @@ class TrainConfig:
             crop_size=self.crop_size,
             interpolation=self.rules.data.interpolation,
             flip=not self.no_flip,
+            shuffle=not self.serial_batches,
+            max_dataset_size=self.max_dataset_size,
             batch_size=self.batch_size,
             seed=self.seed,
             loader=self.loader,
-            num_threads=self.num_threads,
+            num_threads=LoaderOptions.num_threads if self.num_threads is None else self.num_threads,
             cache_bytes=_gib(self.cache),
         )
 
@@ -198,14 +257,20 @@ class TrainConfig:
         return steps
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
-        """Learning rate of the step numbered ``step`` from 0: junyanz's linear rule, constant in an epoch.
+        """Learning rate of the step numbered ``step`` from 0: junyanz's policies, constant in an epoch.
 
-        In the e-th epoch from 0 it is lr * (1 - max(0, e + 1 - n_epochs) / (n_epochs_decay + 1)).
+        In the e-th epoch from 0 it is lr times, for linear, 1 - max(0, e + 1 - n_epochs) / (n_epochs_decay +
+        1); for step, 0.1 ** (e // lr_decay_iters); for cosine, (1 + cos(pi e / n_epochs)) / 2, which rises
+        again after n_epochs. A length in steps has no linear decay.
         """
+        epoch = step // steps_per_epoch
+        if self.lr_policy == "step":
+            return self.lr * 0.1 ** (epoch // self.lr_decay_iters)
         if self._epochs is None:
             return self.lr
         n_epochs, n_epochs_decay = self._epochs
-        epoch = step // steps_per_epoch
+        if self.lr_policy == "cosine":
+            return self.lr * (1 + math.cos(math.pi * epoch / n_epochs)) / 2
         return self.lr * (1 - max(0, epoch + 1 - n_epochs) / (n_epochs_decay + 1))
 
     def to_dict(self) -> dict:
@@ -233,7 +298,9 @@ class TrainConfig:
                 raise UserError(
                     f"{name} is {value!r}, which is {_in_words(kind)}; mend it or remove the line"
                 )
-        paths = {key: Path(values[key]) for key in ("dataroot", "checkpoints_dir") if values.get(key)}
+        paths = {
+            key: Path(values[key]) for key in ("dataroot", "checkpoints_dir", "init_from") if values.get(key)
+        }
         return cls(**{**values, **paths})
 
 
@@ -254,6 +321,11 @@ def check_changes(saved: TrainConfig, config: TrainConfig) -> list[str]:
     before, after = saved.to_dict(), config.to_dict()
     changed = [name for name in after if before[name] != after[name]]
     for name in changed:
+        if name in BEGINNING:
+            raise UserError(
+                f"--{name} {after[name]}: decides how a run begins, and {config.name} has begun with "
+                f"{before[name]}; drop the flag, or start another run with another --name"
+            )
         if name in TASK and not config.force:
             raise UserError(
                 f"--{name} {after[name]}: the run {config.name} was started with {before[name]}; drop the "

@@ -18,12 +18,14 @@ from tqdm import tqdm
 
 from fastpix2pix.errors import NotFinite
 from fastpix2pix.history import History, read_history
+from fastpix2pix.loss_table import LossTable
 from fastpix2pix.models.generator import generate_without_trace
 from fastpix2pix.pixels import to_uint8
 from fastpix2pix.report import write_report
 from fastpix2pix.training.graph import AsyncHostCopy
 from fastpix2pix.training.losses import Losses
 from fastpix2pix.training.step import TrainStep
+from fastpix2pix.wandb_run import WandbRun
 
 # Everything in 80 columns, which a bar would not leave room for.
 PROGRESS = "{n}/{total} {remaining} left{postfix}"
@@ -83,9 +85,10 @@ class Monitor:
         batch_size: int,
         gan_mode: str,
         samples: Sequence[tuple[Tensor, Tensor]],
+        wandb: WandbRun | None = None,
     ):
         self.run_folder, self.gan_mode, self.samples = run_folder, gan_mode, samples
-        self.batch_size = batch_size
+        self.batch_size, self.wandb = batch_size, wandb
         events = run_folder / "events"
         self.history = read_history(events) if first_step else History()
         self._unwritten: set[str] = set()
@@ -93,6 +96,9 @@ class Monitor:
         self._thread_excepthook, threading.excepthook = threading.excepthook, self._quiet_writer
         with self._only_warn("events"):
             self.writer = SummaryWriter(str(events), purge_step=first_step + 1 if first_step else None)
+        self.table: LossTable | None = None
+        with self._only_warn("losses.csv"):
+            self.table = LossTable(run_folder, first_step)
         self.bar = tqdm(total=total_steps, initial=first_step, dynamic_ncols=True, bar_format=PROGRESS)
         self._readings: deque[tuple[int, float, float, float, AsyncHostCopy]] = deque()
         self._unread = 0
@@ -179,12 +185,20 @@ class Monitor:
         for offset, row in enumerate(values.tolist()):
             for tag, value in zip(TUTORIAL_TAGS, row, strict=False):
                 self._add(tag, value, first + offset)
+        if self.table is not None:
+            with self._only_warn("losses.csv"):
+                self.table.add(first, values.tolist(), lr)
         self._add("train/learning_rate", lr, step)
         self._add("train/images_per_second", rate, step)
         self._add("train/data_wait_share", wait, step)
         mean = Losses(*values.mean(0).tolist())
         real, fake, gan = map(float, (mean.disc_real_loss, mean.disc_fake_loss, mean.gen_gan_loss))
         self.history.health = gan_health(real, fake, gan, self.gan_mode)
+        if self.wandb is not None:
+            means = dict(zip(Losses._fields, map(float, mean), strict=True))
+            speed_now = {"learning_rate": lr, "images_per_second": rate, "data_wait_share": wait}
+            with self._only_warn("wandb"):
+                self.wandb.log(means | speed_now, step)
         speed = f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
         self.bar.set_postfix_str(
             f"G {mean.gen_gan_loss:.3g} L1 {mean.gen_l1_loss:.3g} D {mean.disc_loss:.3g}, "
@@ -207,6 +221,9 @@ class Monitor:
         pixels, health = np.asarray(grid), self.history.health
         self._write_event(lambda writer: writer.add_image("samples", pixels, step, dataformats="HWC"))
         self._write_event(lambda writer: writer.add_text("gan_health", health, step))
+        if self.wandb is not None:
+            with self._only_warn("wandb"):
+                self.wandb.log_image("samples", grid, step)
         self.bar.write(f"step {step}: {self.history.health}")
         self._since = time.perf_counter()  # drawing is not training time
 
@@ -219,4 +236,8 @@ class Monitor:
     def close(self) -> None:
         self.bar.close()
         self._write_event(lambda writer: writer.close())
+        for what, log in (("losses.csv", self.table), ("wandb", self.wandb)):
+            if log is not None:
+                with self._only_warn(what):
+                    log.close()
         threading.excepthook = self._thread_excepthook

@@ -1,4 +1,4 @@
-"""The frame that our static HTML pages share: one file, no network, light and dark, written atomically."""
+"""The frame that our HTML pages share: one file, no network, light and dark; written atomically."""
 
 import os
 import tempfile
@@ -41,13 +41,9 @@ def link(path: str) -> str:
     return escape("./" + quote(os.fsencode(path)))
 
 
-def write_page(path: Path, *, title: str, style: str, body: str, script: str = "") -> None:
-    """Write a whole page to ``path``; a reader sees the old one or the new one, never a part.
-
-    ``title`` is plain text; ``body``, ``style`` and ``script`` go in as they are. Raises UserError when
-    ``path`` cannot be written.
-    """
-    page = f"""<!doctype html>
+def render_page(*, title: str, style: str, body: str, script: str = "") -> str:
+    """A whole page. ``title`` is plain text; ``body``, ``style`` and ``script`` go in as they are."""
+    return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -59,6 +55,14 @@ def write_page(path: Path, *, title: str, style: str, body: str, script: str = "
 {f"<script>{script}</script>" if script else ""}
 </html>
 """
+
+
+def write_page(path: Path, *, title: str, style: str, body: str, script: str = "") -> None:
+    """Write :func:`render_page` to ``path``; a reader sees the old page or the new one, never a part.
+
+    Raises UserError when ``path`` cannot be written.
+    """
+    page = render_page(title=title, style=style, body=body, script=script)
     try:
         handle, partial = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
         try:

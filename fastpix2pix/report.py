@@ -2,8 +2,10 @@
 
 import json
 import math
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from fastpix2pix import cli, environment
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.errors import UserError
 from fastpix2pix.history import History, read_history
-from fastpix2pix.page import link, text, write_page
+from fastpix2pix.page import text, write_page
 from fastpix2pix.presets import PRESETS
 
 
@@ -25,6 +27,8 @@ def write_report(run_folder: Path, history: History | None = None) -> Path:
     cannot be written.
     """
     try:
+        if not (run_folder / "config.json").is_file():  # opening a pipe would wait for ever
+            raise FileNotFoundError
         config = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("holds no object")
@@ -33,20 +37,21 @@ def write_report(run_folder: Path, history: History | None = None) -> Path:
     if history is None:
         history = read_history(run_folder / "events")
     name = config.get("name", run_folder.name)
+    resolved = environment.read(run_folder) or {}
     body = f"""
 <header>
   <h1>{text(name)}</h1>
   <p>{text(history.health)}</p>
-  {_tiles(history, config)}
+  {_tiles(history, config, resolved)}
 </header>
 <main>
   <section class="charts">{_charts(history, config)}</section>
   <h2>Samples</h2>
   {_samples(run_folder)}
   <h2>What was asked for</h2>
-  {_configuration(config)}
+  {_configuration(config, resolved)}
   <h2>What it ran on</h2>
-  {_environment(run_folder)}
+  {_environment(resolved)}
 </main>
 """
     path = run_folder / "report.html"
@@ -59,12 +64,13 @@ def write_report(run_folder: Path, history: History | None = None) -> Path:
 # ------------------------------------------------------------------------------------------ page parts
 
 
-def _tiles(history: History, config: dict) -> str:
+def _tiles(history: History, config: dict, resolved: dict) -> str:
     """The newest readings in large print."""
     steps = history.steps.get("gen_total_loss")
     tiles = {"step": f"{steps[-1]:,}" if steps else "0"}
-    if isinstance(config.get("steps"), int):
-        tiles["step"] += f" of {config['steps']:,}"
+    total = resolved.get("steps", config.get("steps"))
+    if isinstance(total, int):
+        tiles["step"] += f" of {total:,}"
     rate, wait = history.last("train/images_per_second"), history.last("train/data_wait_share")
     if rate is not None:
         tiles["images a second"] = f"{rate:.3g}"
@@ -169,43 +175,76 @@ def _short(step: float) -> str:
     return f"{step / 1000:g}k" if step >= 1000 else f"{step:g}"
 
 
+SHOWN = 24  # grids in the page, which so stays small enough to be sent
+SMALL, LARGE = 512, 1024  # pixels of height of a grid: of each in the strip, and of the newest
+JPEG = {"format": "JPEG", "quality": 88, "subsampling": 0}  # colours at full resolution: maps have edges
+
+
 def _samples(run_folder: Path) -> str:
-    """The grids that the monitor drew, oldest first, newest in view."""
-    figures = []
-    for path in sorted((run_folder / "samples").glob("step_*.png")):
-        try:
-            with Image.open(path) as image:
-                width, height = image.size
-        except OSError:  # being written, or spoilt: no reason to stop a run
-            continue
-        url = link(f"samples/{path.name}")
-        step = int(path.stem.removeprefix("step_"))
-        figures.append(
-            f'<figure><a href="{url}"><img src="{url}" alt="samples at step {step}" width="{width}" '
-            f'height="{height}" loading="lazy" decoding="async"></a>'
-            f"<figcaption>step {step:,}</figcaption></figure>"
-        )
+    """The grids that the monitor drew, in the page itself, which can be sent; the newest in view."""
+    paths = sorted((run_folder / "samples").glob("step_*.png"))
+    figures = [
+        figure
+        for path in _spread(paths, SHOWN)
+        if (figure := _figure(path, LARGE if path == paths[-1] else SMALL)) is not None
+    ]
     if not figures:
         return "<p>No samples yet.</p>"
-    return f'<p>input | target | generated</p><div class="strip" tabindex="0">{"".join(figures)}</div>'
-
-
-def _configuration(config: dict) -> str:
-    """Every option; those that differ from the default stand out."""
-    defaults = TrainConfig().to_dict()
-    rows = "".join(
-        f"<div{'' if value == defaults.get(name) else ' class=changed'}><dt>{text(name)}</dt>"
-        f"<dd>{text('' if value is None else value)}</dd></div>"
-        for name, value in config.items()
+    of_all = f"; {len(figures)} of {len(paths)}, all are in samples/" if len(paths) > SHOWN else ""
+    return (
+        f'<p>input | target | generated{of_all}</p><div class="strip" tabindex="0">{"".join(figures)}</div>'
     )
-    return f'<p>Bold: not the default.</p><dl class="options">{rows}</dl>'
 
 
-def _environment(run_folder: Path) -> str:
+def _spread(paths: Sequence[Path], count: int) -> list[Path]:
+    """At most ``count`` of ``paths``: the first, the last, and others evenly between them."""
+    which = np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int)
+    return [paths[i] for i in which]
+
+
+def _figure(path: Path, height: int) -> str | None:
+    """A grid, no higher than ``height`` pixels; None while it is being written, or if it is spoilt."""
+    encoded = BytesIO()
+    if not path.is_file():  # opening a pipe would wait for ever
+        return None
+    try:
+        with Image.open(path) as image:
+            shown = image.convert("RGB")
+    except OSError:  # no reason to stop a run
+        return None
+    if shown.height > height:
+        shown = shown.resize((round(shown.width * height / shown.height), height), Image.Resampling.LANCZOS)
+    shown.save(encoded, **JPEG)
+    step = int(path.stem.removeprefix("step_"))
+    return (
+        f'<figure><img src="data:image/jpeg;base64,{b64encode(encoded.getvalue()).decode()}" '
+        f'alt="samples at step {step}" width="{shown.width}" height="{shown.height}" '
+        f'style="--ratio: {shown.height / shown.width:.4f}">'
+        f"<figcaption>step {step:,}</figcaption></figure>"
+    )
+
+
+def _configuration(config: dict, resolved: dict) -> str:
+    """Every option; what was asked for stands out, and what was left open is filled in by what it became."""
+    defaults = TrainConfig().to_dict()
+    rows = []
+    for name, value in config.items():
+        asked = name in defaults and value != defaults[name]
+        shown = value
+        if value is None and resolved.get(name) is not None:
+            shown = f"{resolved[name]} (chosen)"
+        rows.append(
+            f"<div{' class=changed' if asked else ''}><dt>{text(name)}</dt>"
+            f"<dd>{text('' if shown is None else shown)}</dd></div>"
+        )
+    return f'<p>Bold: asked for, and not the default.</p><dl class="options">{"".join(rows)}</dl>'
+
+
+def _environment(found: dict) -> str:
     """What the last start of the run made of the request, if it says so."""
-    found = environment.read(run_folder)
-    if found is None:
+    if not found:
         return "<p>Not recorded.</p>"
+    found = dict(found)
     versions = {f"{name} version": value for name, value in (found.pop("versions", None) or {}).items()}
     return f'<dl class="options">{_terms({**found, **versions})}</dl>'
 
@@ -229,7 +268,9 @@ svg text { fill: var(--faint); }
 path.reference { stroke: var(--ink); stroke-dasharray: 5 4; opacity: .65; }
 svg text.reference { fill: var(--ink); stroke: var(--card); stroke-width: 4px; paint-order: stroke; }
 .strip { display: flex; gap: .9rem; overflow-x: auto; padding: .5rem 0; }
-.strip img { height: min(32rem, 70vh); width: auto; border-radius: 4px; }
+.strip img {
+  height: min(32rem, 70vh, (100vw - 2.5rem) * var(--ratio)); width: auto; border-radius: 4px;
+}
 .strip figcaption { text-align: center; color: var(--faint); padding-top: .3rem; }
 .options { columns: auto 22rem; column-gap: 3rem; margin: .5rem 0 0; }
 .options div { display: flex; gap: 1rem; break-inside: avoid; padding: .1rem 0; }

@@ -134,6 +134,11 @@ def read_request(folder: Path) -> TrainConfig:
             raise ValueError("holds no object")
     except (OSError, ValueError, RecursionError) as error:
         newest = checkpoint.latest(folder)
+        if newest is None and (theirs := folder / "latest_net_G.pth").is_file():
+            raise UserError(
+                f"{folder}: holds weights and no run; begin one by --init_from {theirs} and another "
+                "--name, without --continue_train"
+            ) from error
         if newest is None:
             raise UserError(
                 f"{path}: not readable, so there is no run to continue; drop --continue_train, or give the "

@@ -14,20 +14,26 @@ from multiprocessing import active_children
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _HANGUP = getattr(signal, "SIGHUP", None)
-SAME_REQUEST = 0.5  # seconds
+SAME_REQUEST = 0.5  # seconds, as are these:
 CLOSING = 10.0
+UNANSWERED = 20.0
+FINISHING = 300.0
 
 
 class StopRequests:
     """Which have been received; false until then. Made by :func:`stop_requests`.
 
-    stop_waiting: called in the place of the wait, when a request comes within :meth:`waiting`.
+    stop_waiting: called in the place of the wait, when a request comes within :meth:`waiting`; it ends the
+    process. In another thread, where the main one does not come back from what it called.
     """
 
     def __init__(self, stop_waiting: Callable[[], None]):
         self.received: list[int] = []
         self._stop_waiting = stop_waiting
         self._waiting = False
+        self._turn = threading.Lock()  # to end the wait, one way or another
+        self._over = threading.Event()
+        self._went_on, self._longest = time.monotonic(), 0.0  # seconds between two waits
 
     def __bool__(self) -> bool:
         return bool(self.received)
@@ -40,39 +46,55 @@ class StopRequests:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """The body waits for something that may never come."""
+        self._longest = max(self._longest, time.monotonic() - self._went_on)
         self._waiting = True
         try:
             yield
         finally:
-            self._waiting = False
-
-    @contextmanager
-    def limited(self, line: str) -> Iterator[None]:
-        """After a request, the body may take CLOSING seconds; then ``line`` is said and the process ends."""
-        if not self:
-            yield
-            return
-
-        def end() -> None:
-            say(line)
-            end_at_once(self.exit_code)
-
-        timer = threading.Timer(CLOSING, end)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
+            with self._turn:  # or never, if a request is being answered in the place of the wait
+                self._waiting = False
+            self._went_on = time.monotonic()
 
     def _handle(self, number: int, _frame) -> None:
         self.received.append(number)
-        _expect_dead_children()
         if number == _HANGUP:
             _leave_the_terminal()
-        if self._waiting:
+        if self._waiting and self._turn.acquire(blocking=False):
             self._waiting = False
             self._stop_waiting()
+            self._turn.release()
+
+    def _see_to_the_end(self, number: int) -> None:
+        """In a thread of its own, from the first request on: whatever the main one does, the process ends."""
+        if self._over.wait(UNANSWERED):
+            return
+        if not self.received:  # the main thread has not come back to Python since
+            with self._turn:
+                if self._waiting:
+                    self.received.append(number)
+                    self._stop_waiting()
+        limit = max(FINISHING, 3 * self._longest)
+        if self._over.wait(limit - UNANSWERED):
+            return
+        say(f"not finished {limit:.0f} s after the request; stopped at once, with what was saved before")
+        end_at_once(128 + number)
+
+
+@contextmanager
+def limited(line: str, code: int) -> Iterator[None]:
+    """The body may take CLOSING seconds; then ``line`` is said and the process ends with ``code``."""
+
+    def end() -> None:
+        say(line)
+        end_at_once(code)
+
+    timer = threading.Timer(CLOSING, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager
@@ -87,13 +109,16 @@ def stop_requests(stop_waiting: Callable[[], None]) -> Iterator[StopRequests]:
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     numbers = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
-    watcher = threading.Thread(target=_watch, args=(ours, numbers), name="stop requests", daemon=True)
+    watcher = threading.Thread(
+        target=_watch, args=(ours, numbers, requests), name="stop requests", daemon=True
+    )
     watcher.start()
-    previous_descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     previous = {number: signal.signal(number, requests._handle) for number in numbers}
+    previous_descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     try:
         yield requests
     finally:
+        requests._over.set()
         for number, handler in previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(previous_descriptor)
@@ -103,7 +128,7 @@ def stop_requests(stop_waiting: Callable[[], None]) -> Iterator[StopRequests]:
         ours.close()
 
 
-def _watch(descriptor: socket.socket, numbers: list[int]) -> None:
+def _watch(descriptor: socket.socket, numbers: list[int], requests: StopRequests) -> None:
     """Answer the numbers of signals as they arrive, until the other end is closed."""
     first, since = None, 0.0
     while arrived := descriptor.recv(1):
@@ -116,6 +141,40 @@ def _watch(descriptor: socket.socket, numbers: list[int]) -> None:
         first, since = arrived[0], time.monotonic()
         if first != _HANGUP:  # then nobody is there to read it
             say("stopping: finishing the step and saving (once more: stop at once)")
+        threading.Thread(target=requests._see_to_the_end, args=(first,), daemon=True).start()
+
+
+def end_with_a_line() -> None:
+    """From now on, outside of :func:`stop_requests`: SIGTERM and SIGHUP end the process and its workers at
+    once with one line, unless they are ignored, and Ctrl-C after CLOSING seconds at the latest.
+
+    A thread does it, for the main one may be inside a call that does not return. What is written then, of
+    every command, gets its name when it is whole.
+    """
+    numbers = [n for n in STOPS if n != signal.SIGINT and signal.getsignal(n) == signal.SIG_DFL]
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    threading.Thread(target=_end, args=(ours, numbers), name="signals", daemon=True).start()
+    for number in numbers:
+        signal.signal(number, lambda number, frame: None)
+    signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    _ending.append(theirs)
+
+
+def _end(descriptor: socket.socket, numbers: list[int]) -> None:
+    while arrived := descriptor.recv(1):
+        number = arrived[0]
+        if number == signal.SIGINT:
+            closing = threading.Timer(CLOSING, _end_by, (number,))
+            closing.daemon = True
+            closing.start()
+        elif number in numbers:
+            _end_by(number)
+
+
+def _end_by(number: int) -> None:
+    say(f"stopped by {signal.Signals(number).name}; what was written before is whole")
+    end_at_once(128 + number)
 
 
 def say(line: str) -> None:
@@ -146,11 +205,12 @@ def _leave_the_terminal() -> None:
 
 
 _listening: list[StopRequests] = []
+_ending: list[socket.socket] = []
 
 
 def _leave_signals_to_the_parent() -> None:
     """In a forked process: what it receives is not the parent's, whose handlers it has inherited."""
-    if _listening:
+    if _listening or _ending:
         signal.set_wakeup_fd(-1)
         for number in STOPS:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
@@ -158,28 +218,3 @@ def _leave_signals_to_the_parent() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """The body is not left because a child died: a DataLoader's handler raises wherever the process is.
-
-    Its reader is told all the same, when it next waits for the child.
-    """
-    if not hasattr(signal, "SIGCHLD"):
-        yield
-        return
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, previous)
-        if any(_listening):
-            _expect_dead_children()
-
-
-def _expect_dead_children() -> None:
-    """From a stop request on: a signal to the whole group ends the workers too, which is no error then."""
-    if hasattr(signal, "SIGCHLD"):
-        # A function, as Python complains of a handler that is gone when its signal has arrived already.
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)

@@ -10,27 +10,36 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastpix2pix import checkpoint, cli, environment, run_folder
-from fastpix2pix.config import TrainConfig, check_changes, check_name
+from fastpix2pix import checkpoint, cli, environment, needs, run_folder
+from fastpix2pix.config import QUICK, TrainConfig, check_changes, check_name
+from fastpix2pix.cores import CoreShare, loader_threads, use_threads
 from fastpix2pix.data import Loader, find_pairs, load_pair, open_loader
 from fastpix2pix.data.check import refuse_other_layouts
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
 from fastpix2pix.device import choose_device, why_no_gpu
-from fastpix2pix.errors import NotFinite, UserError
+from fastpix2pix.errors import NotFinite, UserError, out_of_memory_is_one_line
+from fastpix2pix.interop.junyanz.flags import train_words
 from fastpix2pix.models import build_networks
-from fastpix2pix.monitor import Monitor
-from fastpix2pix.signals import end_at_once, say, stop_requests, uninterrupted
+from fastpix2pix.monitor import FIRST_LOSSES, Monitor
+from fastpix2pix.signals import end_at_once, limited, say, stop_requests
+from fastpix2pix.training.fine_tuning import begin_with
 from fastpix2pix.training.precision import WORKING_TYPES, choose_precision
 from fastpix2pix.training.prepare import PreparedStep, prepare_step
 from fastpix2pix.training.resume import (
     Position,
+    Undo,
     check_architecture,
     check_finite,
     restore,
     training_state,
 )
+from fastpix2pix.wandb_run import WandbRun
 
 SAMPLE_PAIRS = 4
+NO_MEMORY = (
+    "go on where there is more, close other programs, or train anew with a lower --batch_size, --crop_size, "
+    "--ngf or --ndf, or with --cache 0"
+)
 
 
 def find_checkpoint(config: TrainConfig) -> tuple[Path, dict] | None:
@@ -69,6 +78,29 @@ def data_folder(config: TrainConfig) -> Path:
     return fetch_dataset(config.dataset)
 
 
+def sized_by_data(config: TrainConfig, root: Path) -> TrainConfig:
+    """``config`` in terms of --preprocess resize_and_crop: crop and none take sizes from the images, which a
+    resize to that size leaves as they are.
+
+    Raises UserError unless all images are squares of one size.
+    """
+    if config.preprocess == "resize_and_crop":
+        return config
+    pairs = find_pairs(root, "train")[: config.max_dataset_size]
+    side = pairs[0].size[0]
+    for pair in pairs:
+        if pair.size != (side, side) or side < config.crop_size and config.preprocess == "crop":
+            wanted = (
+                "squares of one size" if pair.size != (side, side) else f"of --crop_size {config.crop_size}"
+            )
+            raise UserError(
+                f"--preprocess {config.preprocess}: {pair.a} holds {pair.size[1]}x{pair.size[0]} pixels; "
+                f"without a resize they must be {wanted}: use resize_and_crop"
+            )
+    crop_size = side if config.preprocess == "none" else config.crop_size
+    return dataclasses.replace(config, preprocess="resize_and_crop", load_size=side, crop_size=crop_size)
+
+
 def sample_pairs(
     root: Path, config: TrainConfig, device: torch.device, dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor]]:
@@ -105,15 +137,15 @@ def start_line(config: TrainConfig, loader: Loader, root: Path, prepared: Prepar
     else:
         how.append(f"{torch.get_num_threads()} threads")
     return (
-        f"{len(loader)} pairs from {root} ({loader.kind} loader, {config.num_threads} threads; {direction}: "
-        f"the {half} half is the input), {total} steps on {prepared.device} "
+        f"{len(loader)} pairs from {root} ({loader.kind} loader, {loader.options.num_threads} threads; "
+        f"{direction}: the {half} half is the input), {total} steps on {prepared.device} "
         f"({environment.device_name(prepared.device)}; {', '.join(how)}), run in {config.run_folder}"
     )
 
 
 def train(config: TrainConfig) -> None:
     """Run training as ``config`` says. Raises UserError for what the user can mend."""
-    with run_folder.owned(config.run_folder):
+    with run_folder.owned(config.run_folder), out_of_memory_is_one_line(NO_MEMORY):
         _train(config)
 
 
@@ -122,12 +154,23 @@ def _train(config: TrainConfig) -> None:
     device = choose_device(config.device)
     if config.device == "auto" and (reason := why_no_gpu()):
         print(f"training on the CPU: {reason}")
+    use_threads(config.threads)
     precision = choose_precision(config.precision, device)
+    needs.check_memory(config, device, precision)
     root = data_folder(config)
-    loader = open_loader(root, config.loader_options(), device=device, dtype=WORKING_TYPES[precision])
+    request, config = config, sized_by_data(config, root)
+    options = config.loader_options()
+    if device.type == "cpu" and config.num_threads is None:
+        options = dataclasses.replace(options, num_threads=loader_threads(options.num_threads))
+    loader = open_loader(root, options, device=device, dtype=WORKING_TYPES[precision])
+    total = config.total_steps(loader.batches_per_epoch)
+    needs.check_data(config, loader, precision, total)
     samples = sample_pairs(root, config, device, WORKING_TYPES[precision])
+    networks = build_networks(config.network_options())
+    if found is None and config.init_from is not None:
+        print(*begin_with(*networks, config.init_from), sep="\n")
     prepared = prepare_step(
-        *build_networks(config.network_options()),
+        *networks,
         dataclasses.replace(config.step_options(), precision=precision),
         device,
         image_size=config.crop_size,
@@ -142,16 +185,20 @@ def _train(config: TrainConfig) -> None:
     step = prepared.step
     at = Position() if found is None else restore(step, found[1], found[0])
     folder = config.run_folder
-    run_folder.write_request(config)
+    run_folder.write_request(request)
+
+    total = config.total_steps(loader.batches_per_epoch)
 
     def environment_block() -> dict:
-        data = {"loader": loader.kind, "direction": config.resolved_direction()}
+        data = {"loader": loader.kind, "direction": config.resolved_direction(), "steps": total}
         return environment.describe(device, prepared.resolved() | data)
 
     run_folder.write_environment(environment_block(), folder)
-    total = config.total_steps(loader.batches_per_epoch)
     print(start_line(config, loader, root, prepared, total))
 
+    wandb = None
+    if config.use_wandb:
+        wandb = WandbRun(folder, config.wandb_project_name, config.name, request.to_dict())
     monitor = Monitor(
         folder,
         first_step=at.steps,
@@ -159,20 +206,20 @@ def _train(config: TrainConfig) -> None:
         batch_size=config.batch_size,
         gan_mode=config.gan_mode,
         samples=samples,
+        wandb=wandb,
     )
     first = tried = at.steps  # tried: the newest step that was saved, or could not be
 
     def save() -> None:
         nonlocal tried
         tried = at.steps
-        with uninterrupted():
-            monitor.catch_up(at.steps, lr, step)
-            block = environment_block()
-            state = training_state(step, config, block, at)
-            check_finite(state)  # it must not displace a good one
-            checkpoint.save(folder, at.steps, state, config.keep_checkpoints)
-            run_folder.write_environment(block, folder)  # the loader may have fallen back
-            monitor.report()
+        monitor.catch_up(at.steps, lr, step)
+        block = environment_block()
+        state = training_state(step, config, block, at)
+        check_finite(state)  # it must not displace a good one
+        checkpoint.save(folder, at.steps, state, config.keep_checkpoints)
+        run_folder.write_environment(block, folder)  # the loader may have fallen back
+        monitor.report()
 
     stopped = f"the run goes on with --continue_train --name {config.name}"
 
@@ -188,6 +235,9 @@ def _train(config: TrainConfig) -> None:
         end_at_once(stops.exit_code)
 
     stream = loader.stream(at.epoch, at.sample)
+    undo = Undo(step) if prepared.run is step else None  # a graph allocates nothing when it is replayed
+    share = CoreShare(torch.get_num_threads())
+    failure = ""
     within_step = False  # then the state in memory is neither the old nor the new one
     with stop_requests(stop_waiting) as stops:
         try:
@@ -199,40 +249,49 @@ def _train(config: TrainConfig) -> None:
                 lr = config.lr_at(at.steps, loader.batches_per_epoch)
                 step.set_lr(lr)
                 within_step = True
-                with uninterrupted():
-                    prepared.run(batch.source, batch.target)
-                    at = Position(at.steps + 1, batch.epoch, batch.position)
+                if undo is not None:
+                    undo.mark()
+                prepared.run(batch.source, batch.target)
+                at = Position(at.steps + 1, batch.epoch, batch.position)
                 within_step = False
                 monitor.stepped()
                 if monitor.losses_due(at.steps, config.print_freq):
                     monitor.read_losses(at.steps, lr, step)
+                    if device.type == "cpu" and at.steps - first == FIRST_LOSSES and (line := share.advice()):
+                        say(line)
                 if monitor.samples_due(at.steps, config.display_freq):
                     monitor.show_samples(at.steps, lr, step)
-                if at.steps % config.save_latest_freq == 0:
+                if at.steps % config.save_latest_freq == 0 or ends_epochs(at, config.save_epoch_freq):
                     save()
             if at.steps > first and at.steps % config.display_freq and not stops:
                 monitor.show_samples(at.steps, lr, step)
             if at.steps > tried:
                 save()
-        except NotFinite:
+        except NotFinite as error:
+            failure = f"error: {error}"
             raise
         except Exception as error:
+            if within_step and undo is not None and undo.take_back():
+                within_step = False
             if at.steps > tried and not within_step:
                 save_in_spite_of(save, at.steps)
-            if "DataLoader worker" in str(error):
-                raise UserError(
-                    f"a process that decodes images ended ({error}); go on with --continue_train, with fewer "
-                    "--num_threads if memory is short"
-                ) from error
+            failure = f"error: {error}"
             raise
         finally:
             monitor.close()
-            with stops.limited(f"stopped at step {at.steps}; {stopped}"):
+            line, code = f"done: {at.steps} steps; checkpoints and samples are in {folder}", 0
+            if stops:
+                line, code = f"stopped at step {at.steps}; {stopped}", stops.exit_code
+            with limited(*((failure, 2) if failure else (line, code))):  # a decoder may wait for ever
                 loader.close()
-    if stops:
-        print(f"stopped at step {at.steps}; {stopped}")
-        sys.exit(stops.exit_code)
-    print(f"done: {at.steps} steps; checkpoints and samples are in {folder}")
+    print(line)
+    if code:
+        sys.exit(code)
+
+
+def ends_epochs(at: Position, every: int | None) -> bool:
+    """Whether ``every`` epochs more are whole."""
+    return every is not None and at.sample == 0 and at.epoch % every == 0
 
 
 def save_in_spite_of(save: Callable[[], None], steps: int) -> None:
@@ -245,11 +304,12 @@ def save_in_spite_of(save: Callable[[], None], steps: int) -> None:
         say(f"step {steps} is saved; --continue_train goes on from it")
 
 
-def saved_request(argv: Sequence[str]) -> TrainConfig | None:
-    """What the run to continue was asked for, over which flags are laid before anything is checked; None for
-    a new run. A flag that sets the length takes the place of the length that was saved."""
+def defaults(argv: Sequence[str]) -> TrainConfig | None:
+    """What flags are laid over before anything is checked: what the run to continue was asked for, or what
+    --quick stands for; None for neither. A flag that sets the length takes the place of theirs."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--continue_train", "--continue-train", action="store_true")
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--name", default=TrainConfig.name)
     parser.add_argument(
         "--checkpoints_dir", "--checkpoints-dir", type=Path, default=TrainConfig.checkpoints_dir
@@ -258,10 +318,13 @@ def saved_request(argv: Sequence[str]) -> TrainConfig | None:
         flags, others = parser.parse_known_args(argv)
     except argparse.ArgumentError:
         return None  # the real parser says what is wrong
-    if not flags.continue_train:
+    if flags.continue_train:
+        check_name(flags.name)
+        saved = run_folder.read_request(flags.checkpoints_dir / flags.name)
+    elif flags.quick:
+        saved = TrainConfig(**QUICK)
+    else:
         return None
-    check_name(flags.name)
-    saved = run_folder.read_request(flags.checkpoints_dir / flags.name)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in others if word.startswith("--")}
     if "steps" in given:
         saved = dataclasses.replace(saved, n_epochs=None, n_epochs_decay=None)
@@ -272,7 +335,7 @@ def saved_request(argv: Sequence[str]) -> TrainConfig | None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse and train. A continued run takes what no flag says from its own ``config.json``."""
-    cli.run(TrainConfig, train, argv, default=saved_request)
+    cli.run(TrainConfig, train, argv, default=defaults, habits=train_words)
 
 
 if __name__ == "__main__":

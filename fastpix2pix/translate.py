@@ -14,10 +14,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastpix2pix import cli
+from fastpix2pix.cores import use_threads
 from fastpix2pix.data.options import Direction
 from fastpix2pix.data.pairs import EXTENSIONS, FORMATS, UNREADABLE, natural_order, read_rgb
-from fastpix2pix.errors import UserError
+from fastpix2pix.errors import UserError, out_of_memory_is_one_line
 from fastpix2pix.gallery import Entry, write_gallery
+from fastpix2pix.interop.junyanz.flags import test_words
 from fastpix2pix.metrics import image_metrics
 from fastpix2pix.translator import Translator, load
 
@@ -45,42 +47,65 @@ class TranslateConfig:
     resize: bool = False
     """Resize images to the size of the training first, as both references test. Otherwise they keep their
     size, mirrored outwards to one that the network takes."""
+    tile: int | None = None
+    """Translate images larger than so many pixels in tiles of that side, which overlap by a quarter and are
+    blended; each is normalised by its own statistics. For images that do not fit into the memory."""
     eval: bool = False
     """Normalise by the running statistics, without dropout, instead of by each image's own statistics, with
     dropout, as both references test."""
+    no_dropout: bool = False
+    """Leave out the dropout: for a network that was trained without, and whose file does not say so."""
     seed: int = 0
     """Of the dropout."""
+    num_test: int | None = None
+    """Translate the first so many images alone."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
 
 
 def translate(config: TranslateConfig) -> None:
     """Translate what ``config`` names and say where it is. Raises UserError for what the user can mend."""
+    use_threads(None)
+    with out_of_memory_is_one_line("close other programs, or translate it in tiles, or with --resize"):
+        _translate(config)
+
+
+def _translate(config: TranslateConfig) -> None:
     translator = load(
         config.run,
         device=config.device,
         evaluation=config.eval,
         seed=config.seed,
         direction=config.direction,
+        no_dropout=config.no_dropout,
+        tile=config.tile,
     )
-    sources = find_sources(config.input)
+    if config.num_test is not None and config.num_test < 1:
+        raise UserError(f"--num_test {config.num_test}: give a number of at least 1")
+    sources = find_sources(config.input)[: config.num_test]
     check_output(config.output, config.input)
     kind = guess_kind(sources) if config.kind == "auto" else config.kind
     half = "left" if translator.direction == "AtoB" else "right"
     print(f"{len(sources)} {f'pairs, translating the {half} half' if kind == 'pair' else 'images'}")
-    print(f"each is normalised by {_statistics(translator)}{'' if config.eval else '; or choose --eval'}")
+    print(f"each is normalised by {statistics_of(translator)}{'' if config.eval else '; or choose --eval'}")
     side = translator.size
     if not config.resize and any(_image_size(source, kind) != (side, side) for source in sources):
         print(f"images keep their size; the training's was {side}x{side}, to which --resize brings them")
+    if not config.resize and any(translator.tiled(*_image_size(source, kind)) for source in sources):
+        own = "" if config.eval else ", each normalised by its own statistics"
+        print(f"larger images are translated in tiles of {config.tile}x{config.tile}{own}")
     means = translate_files(translator, sources, config.output, kind, resized=config.resize)
     if means:
         print("mean " + ", ".join(f"{name} {value:.4g}" for name, value in means.items()))
     print(f"open {config.output / 'index.html'}")
 
 
-def _statistics(translator: Translator) -> str:
+def statistics_of(translator: Translator) -> str:
+    """How images are normalised, in words."""
     if translator.evaluation:
         return "the running statistics of the training, without dropout"
+    if not translator.generator.dropout:
+        return "its own statistics, without dropout"
     return f"its own statistics, with dropout (seed {translator.seed}), as both references test"
 
 
@@ -189,7 +214,7 @@ def translate_files(
                 _write_metrics(staging / "metrics.csv", entries)
             title = f"{translator.source}: {len(entries)} images"
             write_gallery(
-                staging, entries, title=title, note=f"Each is normalised by {_statistics(translator)}."
+                staging, entries, title=title, note=f"Each is normalised by {statistics_of(translator)}."
             )
             _publish(staging, output)
     except OSError as error:
@@ -274,7 +299,7 @@ def _publish(staging: Path, output: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cli.run(TranslateConfig, translate, argv)
+    cli.run(TranslateConfig, translate, argv, habits=test_words)
 
 
 if __name__ == "__main__":

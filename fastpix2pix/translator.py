@@ -1,7 +1,5 @@
 """A trained generator as a function from image to image, whoever trained it."""
 
-import math
-import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,24 +14,28 @@ from fastpix2pix.data.options import Direction
 from fastpix2pix.data.resize import resize
 from fastpix2pix.device import choose_device
 from fastpix2pix.errors import UserError
+from fastpix2pix.free_memory import free_memory, in_words
 from fastpix2pix.interop import keras
 from fastpix2pix.interop.junyanz import weights as junyanz
 from fastpix2pix.models import UNetGenerator, build_generator
 from fastpix2pix.models.generator import generate_without_trace, size_multiple
 from fastpix2pix.pixels import normalize, to_uint8
 from fastpix2pix.presets import find_preset
+from fastpix2pix.tiling import blend_tiles
 
 Picture = TypeVar("Picture", Image.Image, np.ndarray, Tensor)
 
 # Bytes of activations per pixel and per channel of the first layer: 598 a pixel were measured at ngf 64.
 BYTES_PER_PIXEL_AND_WIDTH = 10
+OVERLAPS_IN_A_TILE = 4  # neighbouring tiles share at least a quarter of their width
 
 
 class Translator:
     """A trained generator as a function from image to image; make it with :func:`load`.
 
     direction, size, interpolation: which half of a pair it translates, and to which square images were
-    resized for training. source: where it came from, in words.
+    resized for training. source: where it came from, in words. tile: larger images go in tiles of so many
+    pixels a side; None: whole.
     """
 
     def __init__(
@@ -45,11 +47,16 @@ class Translator:
         source: str,
         evaluation: bool,
         seed: int,
+        tile: int | None = None,
     ):
         self.generator = generator.train(not evaluation).requires_grad_(False)
         self.direction, self.size, self.source = direction, size, source
         self.interpolation = find_preset(generator.preset).data.interpolation
         self.evaluation, self.seed = evaluation, seed
+        multiple = size_multiple(generator.num_downs)
+        if tile is not None and (tile < multiple or tile % multiple):
+            raise UserError(f"--tile {tile}: this network takes multiples of {multiple}")
+        self.tile = tile
 
     @property
     def device(self) -> torch.device:
@@ -103,9 +110,17 @@ class Translator:
 
     @torch.no_grad()
     def _translate_one(self, source: Tensor) -> Tensor:
+        """(1, channels, height, width) of any size, whole or in tiles."""
+        if self.tile is None or not self.tiled(*source.shape[-2:]):
+            return self._translate_whole(source)
+        return blend_tiles(self._translate_whole, source, self.tile, self.tile // OVERLAPS_IN_A_TILE)
+
+    def _translate_whole(self, source: Tensor) -> Tensor:
         """(1, channels, height, width) of any size: mirrored outwards to a size that fits, then cropped."""
         multiple = size_multiple(self.generator.num_downs)
-        (rows, inside_rows), (columns, inside_columns) = (_padding(n, multiple) for n in source.shape[-2:])
+        (rows, inside_rows), (columns, inside_columns) = (
+            mirror_padding(n, multiple) for n in source.shape[-2:]
+        )
         padded = source[:, :, rows.to(self.device)][..., columns.to(self.device)]
         self.generator.rng.copy_(torch.tensor([self.seed, 0]))  # the same dropout whatever came before
         return generate_without_trace(self.generator, padded)[:, :, inside_rows, inside_columns]
@@ -114,27 +129,24 @@ class Translator:
         """``image`` uint8 (height, width, 3) in the square size and by the filter of the training."""
         return resize(torch.from_numpy(image[None].copy()), self.size, self.interpolation)[0].numpy()
 
+    def tiled(self, height: int, width: int) -> bool:
+        """Whether an image of this size is translated in tiles."""
+        return self.tile is not None and max(height, width) > self.tile
+
     def check_memory(self, height: int, width: int) -> None:
         """Raise UserError if an image of this size cannot go through the network in this machine's memory."""
+        if self.tile is not None:
+            height, width = min(height, self.tile), min(width, self.tile)
         needed = BYTES_PER_PIXEL_AND_WIDTH * self.generator.ngf * height * width
-        there = _memory(self.device)
+        there, whose = free_memory(self.device)
         if needed > there:
             raise UserError(
-                f"image of {width}x{height} needs about {needed / 2**30:.0f} GiB in this network, there are "
-                f"{there / 2**30:.0f}; translate it in tiles, or resized"
+                f"image of {width}x{height} needs about {in_words(needed)} in this network, {whose} leaves "
+                f"{in_words(there)}; translate it in tiles (--tile), or resized (--resize)"
             )
 
 
-def _memory(device: torch.device) -> float:
-    """Bytes of memory that ``device`` has; infinite where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):
-        return math.inf
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _padding(length: int, multiple: int) -> tuple[Tensor, slice]:
+def mirror_padding(length: int, multiple: int) -> tuple[Tensor, slice]:
     """Indices that mirror ``length`` pixels outwards to a multiple, and where they lie in the result."""
     missing = -length % multiple
     before = missing // 2
@@ -152,6 +164,8 @@ def load(
     evaluation: bool = False,
     seed: int = 0,
     direction: Direction | None = None,
+    no_dropout: bool = False,
+    tile: int | None = None,
 ) -> Translator:
     """The trained generator at ``path`` as a function from image to image (see :class:`Translator`).
 
@@ -159,7 +173,9 @@ def load(
     ``*_net_G.pth`` of pytorch-CycleGAN-and-pix2pix, or an ``.npz`` of the tutorial's weights
     (``np.savez(path, *generator.get_weights())``). By default every image is normalised by its own
     statistics and dropout is on, as both references test; ``evaluation`` takes the running statistics and no
-    dropout. ``seed`` draws the dropout. ``direction`` defaults to that of the training.
+    dropout; ``no_dropout`` leaves out the dropout alone. ``seed`` draws it. ``direction`` defaults to that of
+    the training. Images larger than ``tile`` pixels, a multiple of the network's smallest size, are
+    translated in tiles that overlap by a quarter and are blended; each is normalised by its own statistics.
 
     Raises UserError when there is no such model, its weights are not finite, or ``device`` is absent.
     """
@@ -182,6 +198,8 @@ def load(
         trained_direction, size = config.resolved_direction(), config.crop_size
         source = f"{config.name}, step {state['step']}"
     _check_finite(generator, path, evaluation)
+    if no_dropout:
+        generator.leave_out_dropout()
     return Translator(
         generator.to(device),
         direction=direction or trained_direction,
@@ -189,6 +207,7 @@ def load(
         source=source,
         evaluation=evaluation,
         seed=seed,
+        tile=tile,
     )
 
 

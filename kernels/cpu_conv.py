@@ -376,10 +376,51 @@ def conv2d_backward(
     return dx, dweight, dy.sum((0, 2, 3)) if needs_bias else None
 
 
+def conv_transpose2d_forward(x: Tensor, weight: Tensor) -> tuple[Tensor, ConvContext]:
+    """A transposed convolution with stride 2 and padding 1, and its state for ``conv_transpose2d_backward``.
+
+    Not differentiable by itself. x: (N, in, H, W); weight: (in, out, 4, 4).
+    """
+    n, _, h, w = x.shape
+    if is_widened(x):
+        y, kept = conv_transpose2d_forward(*_widened(x, weight))
+        return y.to(x.dtype), kept
+    if not uses_tiles(x, weight, TRANSPOSED_STRIDE):
+        y = F.conv_transpose2d(x, weight, None, TRANSPOSED_STRIDE, PADDING)
+        return y, ConvContext(TRANSPOSED_STRIDE, None, (h, w), x, weight)
+    tiling = choose_tiling(TRANSPOSED_STRIDE, n, h, w, *weight.shape[:2])
+    grid, size = tiling.grid(h, w), (TRANSPOSED_STRIDE * h, TRANSPOSED_STRIDE * w)
+    small, matrices = tiling.small_matrices(x, grid), tiling.weight_matrices(weight)
+    kept = ConvContext(TRANSPOSED_STRIDE, tiling, (h, w), small, matrices)
+    return tiling.big_image(_big(small, matrices), n, size, grid), kept
+
+
+def conv_transpose2d_backward(
+    dy: Tensor, kept: ConvContext, *, needs_x: bool = True, needs_weight: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and weight from the output's; None for those that are not needed."""
+    if dy.dtype != kept.weight.dtype:
+        gradients = conv_transpose2d_backward(
+            dy.to(kept.weight.dtype), kept, needs_x=needs_x, needs_weight=needs_weight
+        )
+        return tuple(None if gradient is None else gradient.to(dy.dtype) for gradient in gradients)
+    if kept.tiling is None:
+        needs = [needs_x, needs_weight, False]
+        return _library_backward(dy, kept.x, kept.weight, kept.stride, needs, transposed=True)[:2]
+    tiling, grid = kept.tiling, kept.tiling.grid(*kept.size)
+    big = tiling.big_matrices(dy, grid)
+    dx = dweight = None
+    if needs_x:
+        dx = tiling.small_image(_small(big, kept.weight), dy.shape[0], kept.size, grid)
+    if needs_weight:
+        dweight = tiling.weight_gradient(_weight(kept.x, big))
+    return dx, dweight
+
+
 def _library_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, stride: int, needs: list[bool]
+    dy: Tensor, x: Tensor, weight: Tensor, stride: int, needs: list[bool], *, transposed: bool = False
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    bias_sizes, dilation, transposed, output_padding, groups = [weight.shape[0]], [1, 1], False, [0, 0], 1
+    bias_sizes, dilation, output_padding, groups = [dy.shape[1]], [1, 1], [0, 0], 1
     return torch.ops.aten.convolution_backward(
         dy,
         x,
@@ -421,26 +462,18 @@ class _Conv2d(torch.autograd.Function):
 class _ConvTranspose2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
-        n, _, h, w = x.shape
-        tiling = choose_tiling(TRANSPOSED_STRIDE, n, h, w, *weight.shape[:2])
-        grid, size = tiling.grid(h, w), (TRANSPOSED_STRIDE * h, TRANSPOSED_STRIDE * w)
-        small, matrices = tiling.small_matrices(x, grid), tiling.weight_matrices(weight)
-        ctx.save_for_backward(small, matrices)
-        ctx.tiling, ctx.size = tiling, (h, w)
-        return _plus(tiling.big_image(_big(small, matrices), n, size, grid), bias)
+        y, kept = conv_transpose2d_forward(x, weight)
+        ctx.save_for_backward(kept.x, kept.weight)
+        ctx.kept = kept[:3]
+        return _plus(y, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        (small, matrices), tiling, grid = ctx.saved_tensors, ctx.tiling, ctx.tiling.grid(*ctx.size)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        big = tiling.big_matrices(dy, grid)
-        dx = dweight = None
-        if needs_x:
-            dx = tiling.small_image(_small(big, matrices), dy.shape[0], ctx.size, grid)
-        if needs_weight:
-            dweight = tiling.weight_gradient(_weight(small, big))
-        return dx, dweight, dy.sum((0, 2, 3)) if needs_bias else None
+        kept = ConvContext(*ctx.kept, *ctx.saved_tensors)
+        gradients = conv_transpose2d_backward(dy, kept, needs_x=needs_x, needs_weight=needs_weight)
+        return *gradients, dy.sum((0, 2, 3)) if needs_bias else None
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int) -> Tensor:

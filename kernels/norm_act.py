@@ -2,13 +2,14 @@
 
 Two regimes, by the number of pixels:
 
-* few (the inner layers): a program owns a slice of the channels in all groups, so statistics and result
-  come from one launch, and the second pass over the pixels is served by the L1 cache;
+* few (the inner layers): a program owns a slice of the channels in all groups and holds all pixels of one in
+  registers, so statistics and result come from one launch that reads each image once;
 * many (the outer layers): one launch leaves the partial sums of chunks of pixels in a workspace, the next
   combines them, always in the same order, and writes the result.
 
 A layer that computes no statistics (no norm, or running statistics) needs only one launch of the second
-regime. The kernels are in norm_act_kernels.py, their block sizes in tiles.py.
+regime. In the first regime an image may come as the partial sums of a convolution that has split its own sum.
+The kernels are in norm_act_kernels.py, their block sizes in tiles.py.
 """
 
 import torch
@@ -23,6 +24,7 @@ from fastpix2pix.kernels.norm_act_kernels import (
     Dropout,
     Parameters,
     Saved,
+    Splits,
     Workspace,
     norm_act_backward_apply,
     norm_act_backward_sums,
@@ -35,6 +37,7 @@ from fastpix2pix.kernels.reference import (
     NormActBackward,
     NormActConfig,
     NormActForward,
+    check_partials,
     compute_dtype,
     dropout_threshold,
 )
@@ -46,6 +49,7 @@ from fastpix2pix.kernels.tiles import (
     WHOLE_FORWARD,
     cdiv,
     choose_tile,
+    choose_whole_tile,
     elementwise_chunks,
     next_power_of_2,
     reduction_chunks,
@@ -69,6 +73,24 @@ def _dropout(rng: Tensor | None, config: NormActConfig) -> Dropout:
     return Dropout(rng, config.layer) if config.dropout else Dropout(None, 0)
 
 
+def _splits(partials: Tensor | None) -> tuple[Splits, int]:
+    """The kernels' argument, and how many partial sums it has."""
+    if partials is None:
+        return Splits(None, 0), 0
+    return Splits(partials, partials.shape[1]), partials.shape[0]
+
+
+def _store_sum(partials: Tensor, image: Tensor) -> Tensor:
+    """``reference.add_partials`` in whatever order one reduction adds them."""
+    n, c, h, w = image.shape
+    return image.copy_(partials.sum(0).view(n, h, w, c).permute(0, 3, 1, 2))
+
+
+def _itemsize(x: Tensor, partials: Tensor | None) -> int:
+    """Bytes of one value of what a program reads most of."""
+    return x.element_size() if partials is None else partials.element_size()
+
+
 def norm_act_forward(
     x: Tensor,
     weight: Tensor | None,
@@ -79,12 +101,17 @@ def norm_act_forward(
     config: NormActConfig,
     out: Tensor | None = None,
     skip_out: Tensor | None = None,
+    *,
+    partials: Tensor | None = None,
 ) -> NormActForward:
     """``reference.norm_act_forward``, by kernels on a GPU. ValueError for an ``out`` that x does not fit."""
     if not use_triton(x):
         return reference.norm_act_forward(
-            x, weight, bias, running_mean, running_var, rng, config, out, skip_out
+            x, weight, bias, running_mean, running_var, rng, config, out, skip_out, partials=partials
         )
+    if partials is not None:
+        check_partials(partials, x)
+        x = output_like(x, x)
     x, y = as_pixels(x), output_like(x, out)
     skip = None if config.skip_slope is None else output_like(x, skip_out)
     channels, dtype = x.shape[1], compute_dtype(x.dtype)
@@ -103,11 +130,14 @@ def norm_act_forward(
     updated = parameters[2:] if takes_statistics else ()
 
     if takes_statistics and groups * pixels <= FEW_PIXELS:
-        tile = choose_tile(pixels, channels, x.element_size(), WHOLE_FORWARD)
+        tile = choose_whole_tile(pixels, channels, _itemsize(x, partials), WHOLE_FORWARD)
+        splits, count = _splits(partials)
         launch(
             norm_act_forward_whole,
             (1, cdiv(channels, tile.channels)),
-            *images,
+            images[0],
+            splits,
+            *images[1:],
             parameters,
             saved,
             dropout,
@@ -115,13 +145,16 @@ def norm_act_forward(
             pixels,
             channels,
             CONSTANTS=constants,
+            SPLITS=count,
             TILE=tile,
             num_warps=tile.num_warps,
-            reads=(x, *parameters, dropout.rng),
-            writes=(y, skip, *saved, *updated),
+            reads=(x if partials is None else partials, *parameters, dropout.rng),
+            writes=(None if partials is None else x, y, skip, *saved, *updated),
         )
         return NormActForward(y, skip, *saved)
 
+    if partials is not None:
+        _store_sum(partials, x)
     tile = choose_tile(pixels, channels, x.element_size(), CHUNK_FORWARD)
     chunks, shares = reduction_chunks(pixels, tile), elementwise_chunks(pixels, tile)
     programs = cdiv(channels, tile.channels), groups
@@ -176,10 +209,16 @@ def norm_act_backward(
     rng: Tensor | None,
     config: NormActConfig,
     needs_affine: bool = True,
+    *,
+    dy_partials: Tensor | None = None,
 ) -> NormActBackward:
     """``reference.norm_act_backward``, by kernels on a GPU."""
     if not use_triton(x):
-        return reference.norm_act_backward(dy, dskip, x, weight, bias, mean, rstd, rng, config, needs_affine)
+        return reference.norm_act_backward(
+            dy, dskip, x, weight, bias, mean, rstd, rng, config, needs_affine, dy_partials=dy_partials
+        )
+    if dy_partials is not None:
+        check_partials(dy_partials, x)
     x = as_pixels(x)
     dy, dskip = (None if gradient is None else as_pixels(gradient) for gradient in (dy, dskip))
     dx = output_like(x)
@@ -190,21 +229,28 @@ def norm_act_backward(
         groups, parameters = mean.shape[0], Parameters(weight, None if weight is None else bias)
         saved = Saved(mean.contiguous(), rstd.contiguous())
     pixels = x.numel() // (groups * channels)
-    images, dropout = (image_pointer(x), image_pointer(dy), image_pointer(dskip)), _dropout(rng, config)
-    constants = _constants(config, dtype)
-    reads = x, dy, dskip, *parameters, *saved, dropout.rng
+    constants, dropout = _constants(config, dtype), _dropout(rng, config)
     through_statistics = mean is not None and config.training
     wanted = parameters[:2] if needs_affine else (None, None)
     dweight = dbias = None
     if through_statistics:
         dweight, dbias = (None if p is None else torch.empty_like(p) for p in wanted)
 
-    if through_statistics and groups * pixels <= FEW_PIXELS:
-        tile = choose_tile(pixels, channels, x.element_size(), WHOLE_BACKWARD)
+    one_launch = through_statistics and groups * pixels <= FEW_PIXELS
+    if dy_partials is not None and not one_launch:
+        dy, dy_partials = _store_sum(dy_partials, output_like(x)), None
+    images = image_pointer(x), image_pointer(dy), image_pointer(dskip)
+    reads = x, dy, dy_partials, dskip, *parameters, *saved, dropout.rng
+
+    if one_launch:
+        tile = choose_whole_tile(pixels, channels, _itemsize(x, dy_partials), WHOLE_BACKWARD)
+        splits, count = _splits(dy_partials)
         launch(
             norm_act_backward_whole,
             (1, cdiv(channels, tile.channels)),
-            *images,
+            *images[:2],
+            splits,
+            images[2],
             image_pointer(dx),
             parameters,
             saved,
@@ -215,6 +261,7 @@ def norm_act_backward(
             pixels,
             channels,
             CONSTANTS=constants,
+            SPLITS=count,
             TILE=tile,
             num_warps=tile.num_warps,
             reads=reads,

@@ -2,7 +2,7 @@
 
 An image is a matrix: its pixels, over the whole batch, are the rows and its channels the columns. Program
 (i, j, k) works on the i-th chunk of pixels, the j-th block of channels and the k-th group; a ``whole`` kernel
-has the programs (0, j) and walks over all pixels of all groups.
+has the programs (0, j), whose tile holds all pixels of a group: each image is read once.
 
 Arguments:
 
@@ -11,6 +11,7 @@ Arguments:
 * parameters: ``Parameters``, the layer's (C,) float32 weight, bias and running statistics.
 * saved: ``Saved``, the (groups, C) statistics that forward writes and backward reads.
 * partials: ``Workspace``, what the first of two launches leaves for the second.
+* splits: ``Splits``, an image as the partial sums of a convolution that has split its own sum.
 * dweight, dbias: pointers to (C,), or None where they are not wanted.
 * dropout: ``Dropout``, the state of its random numbers.
 * pixels: rows of one group. chunk_pixels: rows of one program where partials are made. apply_pixels: rows of
@@ -21,6 +22,7 @@ Compile-time constants:
 
 * CONSTANTS: the layer's ``Constants``.
 * TILE: the ``tiles.Tile`` of rows and columns that a program holds in registers at a time.
+* SPLITS: how many partial sums ``splits`` has, 0 for none.
 * CHUNKS: a power of two, at least the number of chunks (``tiles.reduction_chunks``): the ``apply`` kernels
   load the partials of all chunks at once.
 * DTYPE: the type that is computed in.
@@ -64,6 +66,13 @@ class Workspace(NamedTuple):
     pointer: Any
     groups: Any
     chunks: Any
+
+
+class Splits(NamedTuple):
+    """pointer: to (SPLITS, pixels of all groups, channels) in float32, or None: partial sums of an image."""
+
+    pointer: Any
+    pixels: Any
 
 
 class Columns(NamedTuple):
@@ -133,6 +142,18 @@ def _store_tile(image, value, pixel, last, columns):
 
 
 @triton.jit
+def _load_splits(splits, image, pixel, last, columns, SPLITS: tl.constexpr):
+    """A tile of the image that ``splits`` are the partial sums of, in order, rounded to the image's type."""
+    numbers = ImagePointer(splits.pointer, columns.channels)
+    total = _load_tile(numbers, pixel, last, columns, tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        total += _load_tile(
+            numbers, split * splits.pixels + pixel, split * splits.pixels + last, columns, tl.float32
+        )
+    return total.to(image.pointer.dtype.element_ty)
+
+
+@triton.jit
 def _load_row(pointer, row, columns, DTYPE: tl.constexpr):
     """Row ``row`` of a (rows, channels) matrix, 0 beyond the last channel; None where there is no matrix."""
     if pointer is None:
@@ -197,6 +218,21 @@ def _statistics(x, first, last, columns, DTYPE: tl.constexpr, TILE: tl.constexpr
 
 
 @triton.jit
+def _group_statistics(value, inside, pixels, DTYPE: tl.constexpr):
+    """Mean and summed squared deviation per channel of a tile that holds a group, and 0 around it.
+
+    The corrected two-pass algorithm (Chan, Golub & LeVeque, 1983): the sum of the deviations is what the
+    mean's rounding left over.
+    """
+    count = pixels.to(DTYPE)
+    mean = tl.sum(value, 0) / count
+    deviation = tl.where(inside, value - mean[None, :], 0.0)
+    rest = tl.sum(deviation, 0) / count
+    m2 = tl.sum(deviation * deviation, 0) - rest * rest * count
+    return mean + rest, tl.maximum(m2, 0.0)
+
+
+@triton.jit
 def _combined_statistics(
     partials, group, pixels, chunk_pixels, columns, DTYPE: tl.constexpr, CHUNKS: tl.constexpr
 ):
@@ -257,6 +293,15 @@ def _drop(value, pixel, columns, dropout, CONSTANTS: tl.constexpr):
 
 
 @triton.jit
+def _store_results(y, skip, z, pixel, last, columns, dropout, CONSTANTS: tl.constexpr):
+    """Both results of a tile, from its values before dropout."""
+    z = _drop(z, pixel, columns, dropout, CONSTANTS)
+    _store_tile(y, _activate(z, z, CONSTANTS.slope), pixel, last, columns)
+    if skip.pointer is not None:
+        _store_tile(skip, _activate(z, z, CONSTANTS.skip_slope), pixel, last, columns)
+
+
+@triton.jit
 def _forward_pass(
     x, y, skip, first, last, columns, norm, dropout, CONSTANTS: tl.constexpr, TILE: tl.constexpr
 ):
@@ -264,21 +309,39 @@ def _forward_pass(
     for start in range(first, last, TILE.pixels):
         pixel = start + tl.arange(0, TILE.pixels)
         _, z = _before_activation(_load_tile(x, pixel, last, columns, CONSTANTS.dtype), norm)
-        z = _drop(z, pixel, columns, dropout, CONSTANTS)
-        _store_tile(y, _activate(z, z, CONSTANTS.slope), pixel, last, columns)
-        if skip.pointer is not None:
-            _store_tile(skip, _activate(z, z, CONSTANTS.skip_slope), pixel, last, columns)
+        _store_results(y, skip, z, pixel, last, columns, dropout, CONSTANTS)
 
 
 @triton.jit
-def _gradient_before_activation(dy, dskip, z, pixel, last, columns, dropout, CONSTANTS: tl.constexpr):
-    """dz: gradient before activation and dropout, from those of the two results."""
+def _load_gradient(gradient, pixel, last, columns, DTYPE: tl.constexpr):
+    """A tile's values, or None where there is no such image."""
+    if gradient.pointer is None:
+        return
+    else:
+        return _load_tile(gradient, pixel, last, columns, DTYPE)
+
+
+@triton.jit
+def _gradient_before_activation(dy, dskip, z, pixel, columns, dropout, CONSTANTS: tl.constexpr):
+    """dz: gradient before activation and dropout, from the tiles of those of the two results."""
     dz = tl.zeros_like(z)
-    if dy.pointer is not None:
-        dz += _activate(_load_tile(dy, pixel, last, columns, CONSTANTS.dtype), z, CONSTANTS.slope)
-    if dskip.pointer is not None:
-        dz += _activate(_load_tile(dskip, pixel, last, columns, CONSTANTS.dtype), z, CONSTANTS.skip_slope)
+    if dy is not None:
+        dz += _activate(dy, z, CONSTANTS.slope)
+    if dskip is not None:
+        dz += _activate(dskip, z, CONSTANTS.skip_slope)
     return _drop(dz, pixel, columns, dropout, CONSTANTS)
+
+
+@triton.jit
+def _gradient_of_x(dz, normalised, norm, means):
+    """dx, through the statistics too if there are ``means``: the group's, of dz and of dz * normalised."""
+    if means is not None:
+        dz = dz - means[0][None, :] - normalised * means[1][None, :]
+    if norm.weight is not None:
+        dz *= norm.weight[None, :]
+    if norm.rstd is not None:
+        dz *= norm.rstd[None, :]
+    return dz
 
 
 @triton.jit
@@ -288,25 +351,22 @@ def _backward_pass(
     """One pass over the pixels first .. last - 1.
 
     Returns the sums per channel of dz and of dz times the normalised values. Writes dx, if there is such an
-    image; ``means`` are the group's means of the same two, through which the statistics contribute to dx;
-    None where the layer takes none.
+    image; ``means`` as in ``_gradient_of_x``, None where the layer takes no statistics.
     """
     dz_sum = _zeros(TILE.pixels, TILE.channels, CONSTANTS.dtype)
     dz_normalised_sum = _zeros(TILE.pixels, TILE.channels, CONSTANTS.dtype)
     for start in range(first, last, TILE.pixels):
         pixel = start + tl.arange(0, TILE.pixels)
-        normalised, z = _before_activation(_load_tile(x, pixel, last, columns, CONSTANTS.dtype), norm)
-        dz = _gradient_before_activation(dy, dskip, z, pixel, last, columns, dropout, CONSTANTS)
+        # All loads before the first use of one: none waits for another.
+        value = _load_tile(x, pixel, last, columns, CONSTANTS.dtype)
+        by_y = _load_gradient(dy, pixel, last, columns, CONSTANTS.dtype)
+        by_skip = _load_gradient(dskip, pixel, last, columns, CONSTANTS.dtype)
+        normalised, z = _before_activation(value, norm)
+        dz = _gradient_before_activation(by_y, by_skip, z, pixel, columns, dropout, CONSTANTS)
         dz_sum += dz
         dz_normalised_sum += dz * normalised
         if dx.pointer is not None:
-            if means is not None:
-                dz = dz - means[0][None, :] - normalised * means[1][None, :]
-            if norm.weight is not None:
-                dz *= norm.weight[None, :]
-            if norm.rstd is not None:
-                dz *= norm.rstd[None, :]
-            _store_tile(dx, dz, pixel, last, columns)
+            _store_tile(dx, _gradient_of_x(dz, normalised, norm, means), pixel, last, columns)
     return tl.sum(dz_sum, 0), tl.sum(dz_normalised_sum, 0)
 
 
@@ -327,6 +387,7 @@ _GENERAL = ("pixels", "groups", "chunk_pixels", "apply_pixels")
 @triton.jit(do_not_specialize=_GENERAL)
 def norm_act_forward_whole(
     x,
+    splits,
     y,
     skip,
     parameters,
@@ -336,25 +397,33 @@ def norm_act_forward_whole(
     pixels,
     channels,
     CONSTANTS: tl.constexpr,
+    SPLITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Forward in one launch: statistics and results of a block of channels, group after group.
 
-    Reads x and parameters; writes y, skip, saved and the running statistics.
+    Reads x and parameters; writes y, skip, saved and the running statistics. With splits x is not read but
+    written, from those.
     """
     DTYPE: tl.constexpr = CONSTANTS.dtype
     columns = _columns(channels, TILE)
     running_mean = _load_row(parameters.running_mean, 0, columns, DTYPE)
     running_var = _load_row(parameters.running_var, 0, columns, DTYPE)
+    weight = _load_row(parameters.weight, 0, columns, DTYPE)
+    bias = _load_row(parameters.bias, 0, columns, DTYPE)
     for group in range(groups):
-        first = group * pixels
-        mean, m2 = _statistics(x, first, first + pixels, columns, DTYPE, TILE)
+        pixel = group * pixels + tl.arange(0, TILE.pixels)
+        last = (group + 1) * pixels
+        if SPLITS:
+            stored = _load_splits(splits, x, pixel, last, columns, SPLITS)
+            _store_tile(x, stored, pixel, last, columns)
+            value = stored.to(DTYPE)
+        else:
+            value = _load_tile(x, pixel, last, columns, DTYPE)
+        mean, m2 = _group_statistics(value, _inside(pixel, last, columns), pixels, DTYPE)
         rstd = tl.rsqrt(m2 / pixels.to(DTYPE) + CONSTANTS.eps)
-        # Loaded only now: registers are scarce while the statistics are computed.
-        weight = _load_row(parameters.weight, 0, columns, DTYPE)
-        bias = _load_row(parameters.bias, 0, columns, DTYPE)
-        norm = Norm(mean, rstd, weight, bias)
-        _forward_pass(x, y, skip, first, first + pixels, columns, norm, dropout, CONSTANTS, TILE)
+        _, z = _before_activation(value, Norm(mean, rstd, weight, bias))
+        _store_results(y, skip, z, pixel, last, columns, dropout, CONSTANTS)
         _store_row(saved.mean, mean, group, columns)
         _store_row(saved.rstd, rstd, group, columns)
         if parameters.running_mean is not None:
@@ -439,6 +508,7 @@ def norm_act_forward_apply(
 def norm_act_backward_whole(
     x,
     dy,
+    dy_splits,
     dskip,
     dx,
     parameters,
@@ -450,31 +520,38 @@ def norm_act_backward_whole(
     pixels,
     channels,
     CONSTANTS: tl.constexpr,
+    SPLITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Backward in one launch: gradients of a block of channels, group after group, sums first, then dx.
+    """Backward in one launch: gradients of a block of channels, group after group.
 
-    Reads x, dy, dskip, parameters and saved; writes dx, dweight and dbias.
+    Reads x, dy or its splits, dskip, parameters and saved; writes dx, dweight and dbias.
     """
     DTYPE: tl.constexpr = CONSTANTS.dtype
     columns = _columns(channels, TILE)
+    weight = _load_row(parameters.weight, 0, columns, DTYPE)
+    bias = _load_row(parameters.bias, 0, columns, DTYPE)
     dweight_sum = tl.zeros_like(columns.channel).to(DTYPE)
     dbias_sum = tl.zeros_like(columns.channel).to(DTYPE)
-    nowhere = ImagePointer(None, 0)
     for group in range(groups):
-        first = group * pixels
-        last = first + pixels
-        norm = Norm(
+        pixel = group * pixels + tl.arange(0, TILE.pixels)
+        last = (group + 1) * pixels
+        value = _load_tile(x, pixel, last, columns, DTYPE)
+        if SPLITS:
+            by_y = _load_splits(dy_splits, x, pixel, last, columns, SPLITS).to(DTYPE)
+        else:
+            by_y = _load_gradient(dy, pixel, last, columns, DTYPE)
+        by_skip = _load_gradient(dskip, pixel, last, columns, DTYPE)
+        mean, rstd = (
             _load_row(saved.mean, group, columns, DTYPE),
             _load_row(saved.rstd, group, columns, DTYPE),
-            _load_row(parameters.weight, 0, columns, DTYPE),
-            _load_row(parameters.bias, 0, columns, DTYPE),
         )
-        dz_sum, dz_normalised_sum = _backward_pass(
-            x, dy, dskip, nowhere, first, last, columns, norm, None, dropout, CONSTANTS, TILE
-        )
+        norm = Norm(mean, rstd, weight, bias)
+        normalised, z = _before_activation(value, norm)
+        dz = _gradient_before_activation(by_y, by_skip, z, pixel, columns, dropout, CONSTANTS)
+        dz_sum, dz_normalised_sum = tl.sum(dz, 0), tl.sum(dz * normalised, 0)
         means = (dz_sum / pixels.to(DTYPE), dz_normalised_sum / pixels.to(DTYPE))
-        _backward_pass(x, dy, dskip, dx, first, last, columns, norm, means, dropout, CONSTANTS, TILE)
+        _store_tile(dx, _gradient_of_x(dz, normalised, norm, means), pixel, last, columns)
         dweight_sum += dz_normalised_sum
         dbias_sum += dz_sum
     _store_row(dweight, dweight_sum, 0, columns)

@@ -19,6 +19,30 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# ---------------------------------------------------------------------------------- deep convolutions
+
+
+def deep_conv_small(big: Tensor, weight: Tensor) -> Tensor:
+    """A convolution with stride 2 and padding 1: (N, Cb, 2 h, 2 w) and (Cs, Cb, 4, 4) to (N, Cs, h, w)."""
+    dtype = compute_dtype(big.dtype)
+    return F.conv2d(big.to(dtype), weight.to(dtype), stride=2, padding=1).to(big.dtype)
+
+
+def deep_conv_big(small: Tensor, weight: Tensor) -> Tensor:
+    """The transposed one: (N, Cs, h, w) and (Cs, Cb, 4, 4) to (N, Cb, 2 h, 2 w)."""
+    dtype = compute_dtype(small.dtype)
+    return F.conv_transpose2d(small.to(dtype), weight.to(dtype), stride=2, padding=1).to(small.dtype)
+
+
+def deep_conv_weight(small: Tensor, big: Tensor) -> Tensor:
+    """The weight gradient of either, (Cs, Cb, 4, 4), from its two images, one of which is a gradient."""
+    dtype = compute_dtype(small.dtype)
+    patches = F.unfold(big.to(dtype), kernel_size=4, stride=2, padding=1)  # (N, Cb * 16, h * w)
+    gradient = torch.einsum("nsp,nkp->sk", small.to(dtype).flatten(2), patches)
+    gradient = gradient.view(small.shape[1], big.shape[1], 4, 4)
+    return gradient.to(small.dtype, memory_format=torch.channels_last)
+
+
 # --------------------------------------------------------------------------------------------- dropout
 
 _LOW = 0xFFFFFFFF
@@ -110,6 +134,29 @@ class NormActBackward(NamedTuple):
     dbias: Tensor | None
 
 
+def check_partials(partials: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless ``partials`` can be the partial sums of an image like ``x``."""
+    n, c, h, w = x.shape
+    fits = partials.ndim == 3 and partials.shape[0] and partials.shape[1:] == (n * h * w, c)
+    if not fits or partials.dtype != torch.float32 or not partials.is_contiguous():
+        raise ValueError(
+            f"partials are {partials.dtype} {tuple(partials.shape)} with strides {partials.stride()}; they "
+            f"must be contiguous torch.float32 (S, {n * h * w}, {c})"
+        )
+
+
+def add_partials(partials: Tensor, out: Tensor) -> Tensor:
+    """``out`` (N, C, H, W), filled with the sum of ``partials``, (S, N * H * W, C) in float32, over S.
+
+    Added in the order of S, and rounded once.
+    """
+    n, c, h, w = out.shape
+    total = partials[0]
+    for partial in partials[1:]:
+        total = total + partial
+    return out.copy_(total.view(n, h, w, c).permute(0, 3, 1, 2))
+
+
 def _grouped(x: Tensor, groups: int) -> Tensor:
     """(N, C, H, W) as (groups, N // groups, C, H, W), a view."""
     return x.unflatten(0, (groups, x.shape[0] // groups))
@@ -155,6 +202,8 @@ def norm_act_forward(
     config: NormActConfig,
     out: Tensor | None = None,
     skip_out: Tensor | None = None,
+    *,
+    partials: Tensor | None = None,
 ) -> NormActForward:
     """``dropout(activation(norm(x) * weight + bias))``, and a second copy with another slope.
 
@@ -163,9 +212,15 @@ def norm_act_forward(
     training, or None. rng: see ``dropout_mask``. out, skip_out: where to write the two results, channel
     slices of channels-last buffers in the type of ``x``; None allocates.
 
+    partials: (S, N * H * W, C) float32, contiguous, the partial sums of a convolution, pixels in the order
+    N, H, W. ``x`` is then memory that their sum over S, rounded to its type, is written to first.
+
     A group of one value per channel (1x1 at batch 1) gives ``bias`` and a running variance that stays
-    finite: there is no n - 1 to divide by.
+    finite: there is no n - 1 to divide by. ValueError for partials that x does not fit.
     """
+    if partials is not None:
+        check_partials(partials, x)
+        add_partials(partials, x)
     centred = mean = rstd = None
     if config.norm and config.training:
         mean = _grouped(x, config.groups).mean(_PER_CHANNEL, dtype=compute_dtype(x.dtype))
@@ -208,13 +263,19 @@ def norm_act_backward(
     rng: Tensor | None,
     config: NormActConfig,
     needs_affine: bool = True,
+    *,
+    dy_partials: Tensor | None = None,
 ) -> NormActBackward:
     """Gradients of ``norm_act_forward`` from those of its two results, either of which may be None.
 
     dy and dskip may be channel slices of a larger gradient. The activation's sign and the dropout mask are
     computed again from ``x``, mean, rstd and the counter, which must be as they were in the forward pass.
-    ``needs_affine=False`` leaves out dweight and dbias.
+    ``needs_affine=False`` leaves out dweight and dbias. dy_partials: in place of dy, as ``partials`` of
+    ``norm_act_forward``; their sum is rounded to the type of ``x``.
     """
+    if dy_partials is not None:
+        check_partials(dy_partials, x)
+        dy = add_partials(dy_partials, torch.empty_like(x, memory_format=torch.channels_last))
     centred = None if mean is None else _centred(x, mean)
     z = _before_activation(x, weight, bias, centred, rstd)
     dz = None

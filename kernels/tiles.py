@@ -25,19 +25,22 @@ class Regime:
     max_warps: int
 
 
-# Kernels whose programs walk over all pixels of their channels. There are few such programs (32 for 512
-# channels in 16 bit), so each takes the narrowest slice that wastes no bandwidth, and many warps. Forward, a
-# thread has two vectors in flight. Backward it reads three images, so one vector of each will do; the
-# statistics and parameters of its eight channels take 64 registers in 16 bit, too many of the 128 that 16
-# warps would leave it.
+# Kernels whose programs hold all pixels of a group. There are few such programs (32 for 512 channels in 16
+# bit), so each takes the narrowest slice that wastes no bandwidth, and many warps. Forward, a thread has two
+# vectors in flight. Backward it reads three images, so one vector of each will do.
 WHOLE_FORWARD = Regime(sectors=1, vectors=2, max_warps=16)
-WHOLE_BACKWARD = Regime(sectors=1, vectors=1, max_warps=8)
+WHOLE_BACKWARD = Regime(sectors=1, vectors=1, max_warps=16)
 
 # Kernels whose programs share the pixels. With two sectors of each pixel, a warp's load touches 8 lines of
 # the L1, whose tag lookups then keep up with what the L2 delivers; with 8 warps, two or more programs fit on
 # a multiprocessor and hide each other's latency.
 CHUNK_FORWARD = Regime(sectors=2, vectors=2, max_warps=8)
 CHUNK_BACKWARD = Regime(sectors=2, vectors=1, max_warps=8)
+
+
+MOST_VECTORS = 2
+"""Of each image that a thread of the first kind holds where there are many pixels: with more, the values of
+three images and the statistics of eight channels no longer fit in the registers that 16 warps leave it."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,27 @@ def next_power_of_2(n: int) -> int:
 
 def choose_tile(pixels: int, channels: int, itemsize: int, regime: Regime) -> Tile:
     """As many of a group's pixels as the warps can hold; where there are fewer, more channels."""
+    held = regime.max_warps * regime.vectors * WARP * VECTOR_BYTES // itemsize
+    narrowest = min(regime.sectors * SECTOR_BYTES // itemsize, next_power_of_2(channels))
+    return _tile(min(next_power_of_2(pixels), held // narrowest), narrowest, channels, itemsize, regime)
+
+
+def choose_whole_tile(pixels: int, channels: int, itemsize: int, regime: Regime) -> Tile:
+    """All of a group's pixels, with more channels where they are few.
+
+    Where they are many, a program has one vector of each pixel, half a sector, and its neighbour the other.
+    """
+    held = regime.max_warps * MOST_VECTORS * WARP * VECTOR_BYTES // itemsize
     vector = VECTOR_BYTES // itemsize
-    of_a_warp = WARP * vector * regime.vectors
-    all_channels = next_power_of_2(channels)
-    block_channels = min(regime.sectors * SECTOR_BYTES // itemsize, all_channels)
-    block_pixels = min(next_power_of_2(pixels), regime.max_warps * of_a_warp // block_channels)
-    block_channels = min(max(block_channels, WARP * vector // block_pixels), all_channels)
-    num_warps = block_pixels * block_channels // of_a_warp
+    narrowest = max(min(regime.sectors * SECTOR_BYTES // itemsize, held // next_power_of_2(pixels)), vector)
+    narrowest = min(narrowest, next_power_of_2(channels))
+    return _tile(next_power_of_2(pixels), narrowest, channels, itemsize, regime)
+
+
+def _tile(block_pixels: int, narrowest: int, channels: int, itemsize: int, regime: Regime) -> Tile:
+    vector_each = WARP * VECTOR_BYTES // itemsize
+    block_channels = max(narrowest, min(vector_each // block_pixels, next_power_of_2(channels)))
+    num_warps = block_pixels * block_channels // (vector_each * regime.vectors)
     return Tile(block_pixels, block_channels, min(max(num_warps, 1), regime.max_warps))
 
 
@@ -101,5 +118,5 @@ def elementwise_chunks(pixels: int, tile: Tile) -> Chunks:
 
 FEW_PIXELS = 1024
 """The most pixels, all groups together, for which one launch computes both statistics and results. Model: a
-program's slice is then at most 32 KiB an image, is read again from the L1 cache, and takes about as long as a
-second launch would."""
+program's slice is then at most 32 KiB an image, fits in its registers, and takes less time than a second
+launch would."""

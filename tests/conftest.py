@@ -3,6 +3,8 @@
 Triton decides when a kernel is defined whether it will be interpreted or compiled. Without a GPU this file
 has them interpreted, in this process only: child processes (``python -m fastpix2pix...``) see the world as
 users do. Ops on CPU tensors still take their reference, except in a test that asks for ``triton_device``.
+
+The whole suite is shared by several processes, file by file (``-n 0``: one).
 """
 
 import json
@@ -12,7 +14,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
-import torch
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Threads of processes that share cores wait for each other; the variable is for child processes as well.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // int(workers))))
+
+import torch  # noqa: E402 (after the variable is set)
 
 
 def _why_not_interpreted() -> str | None:
@@ -67,6 +75,18 @@ def _patch_language_once_a_launch() -> None:
 
 if language.INTERPRETING:
     _patch_language_once_a_launch()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Plain ``pytest`` runs in a process a core, at most four; what names files or tests runs in one, and so
+    does everything where a GPU's memory would be shared."""
+    if workers:
+        return  # this is one of them
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    distributable = CORES > 1 and not torch.cuda.is_available() and config.pluginmanager.hasplugin("xdist")
+    if whole and distributable and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = min(CORES, 4), "loadfile"
 
 
 HERE = Path(__file__).resolve().parent

@@ -114,8 +114,6 @@ def _check_split(root: Path, split: str) -> SplitReport:
 def _examine(path: Path) -> tuple[str, str]:
     """(what is wrong with the file, its kind), one of them empty."""
     try:
-        if not path.is_file():  # opening a pipe would wait for ever
-            raise UserError(f"{path}: is not a file; remove it")
         read_rgb(path)
         with Image.open(path) as image:
             deep = "16" in image.mode + raw_mode(image)

@@ -1,5 +1,6 @@
 """DALI's pipelines at work: fed with the files of pairs in the plan's order, and what fails is named."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -224,7 +225,7 @@ def _read_ahead(
 
 def _encoded(path: Path, plain: bool) -> np.ndarray:
     """The file's bytes; of a kind that decoders read differently, those of its 8-bit RGB conversion."""
-    if plain:
+    if plain and os.path.isfile(path):  # opening a pipe would wait for ever
         try:
             return np.fromfile(path, np.uint8)
         except OSError as error:

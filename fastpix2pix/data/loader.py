@@ -66,10 +66,11 @@ class Loader:
     @property
     def cached(self) -> bool:
         """Whether the resized data set is kept on the device."""
-        return self.options.cache_bytes >= self._resized_bytes
+        return self.options.cache_bytes >= self.resized_bytes
 
     @property
-    def _resized_bytes(self) -> int:
+    def resized_bytes(self) -> int:
+        """Of the whole data set, as the cache keeps it."""
         return 2 * len(self.pairs) * self.options.load_size**2 * 3
 
     def stream(self, epoch: int = 0, position: int = 0) -> Iterator[Batch]:
@@ -193,7 +194,7 @@ class Loader:
         """A and B of every pair on the device: uint8 (count, load_size, load_size, 3)."""
         shape = (len(self.pairs), self.options.load_size, self.options.load_size, 3)
         a, b = (torch.empty(shape, dtype=torch.uint8, device=self.device) for _ in range(2))
-        log.info(f"decoding {len(self.pairs)} pairs into a cache of {self._resized_bytes / 2**20:.0f} MiB")
+        log.info(f"decoding {len(self.pairs)} pairs into a cache of {self.resized_bytes / 2**20:.0f} MiB")
         chunk_size = self.options.chunk_size(self.device)
         everything = np.arange(len(self.pairs))
         requests = np.split(everything, everything[chunk_size::chunk_size])
@@ -217,12 +218,12 @@ def open_loader(
     Batches are of ``dtype``, in the memory of ``device``. Raises ``UserError`` for a data set or a loader
     that cannot be used.
     """
-    pairs = find_pairs(root, split)
+    pairs = find_pairs(root, split)[: options.max_dataset_size]
     loader = Loader(pairs, options, _choose(options.loader), torch.device(device), dtype)
     log.info(f"{len(pairs)} pairs of {root}, {split}, decoded by the {loader.kind} loader")
     if options.cache_bytes and not loader.cached:
         log.warning(
-            f"{len(pairs)} pairs take {loader._resized_bytes} bytes: too many for a cache of "
+            f"{len(pairs)} pairs take {loader.resized_bytes} bytes: too many for a cache of "
             f"{options.cache_bytes} bytes"
         )
     return loader

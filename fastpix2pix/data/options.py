@@ -26,6 +26,8 @@ class LoaderOptions:
     interpolation: Interpolation = "nearest"
     flip: bool = True
     shuffle: bool = True
+    max_dataset_size: int | None = None
+    """Only the first so many pairs are used."""
     batch_size: int = 1
     seed: int = 0
     loader: Requested = "auto"
@@ -47,6 +49,11 @@ class LoaderOptions:
         }.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: give a number of at least {least}")
+        if self.max_dataset_size is not None and self.max_dataset_size < 1:
+            raise UserError(f"--max_dataset_size {self.max_dataset_size}: give a number of at least 1")
+        for name, most in {"num_threads": 1024, "seed": 2**63 - 1}.items():
+            if getattr(self, name) > most:
+                raise UserError(f"--{name} {getattr(self, name)}: give a number of at most {most}")
         if self.load_size < self.crop_size:
             raise UserError(
                 f"--load_size {self.load_size} is smaller than --crop_size {self.crop_size}: a crop does not "

@@ -72,11 +72,18 @@ def find_pairs(root: str | Path, split: str) -> list[Pair]:
 
 def read_rgb(path: Path) -> np.ndarray:
     """The picture, uint8 (height, width, 3): 16 bit scaled by 1/257, transparency dropped, grey repeated."""
+    _refuse_other_than_files(path)
     try:
         with Image.open(path, formats=FORMATS) as image:
             return _to_rgb(image)
     except UNREADABLE as error:
         raise UserError(f"{path}: cannot be decoded ({error}); replace or remove it") from error
+
+
+def _refuse_other_than_files(path: Path) -> None:
+    """Raises ``UserError`` for a pipe, device or folder: opening a pipe would wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: is not a file; remove it")
 
 
 def raw_mode(image: ImageFile.ImageFile) -> str:
@@ -113,6 +120,7 @@ class _Header:
     @classmethod
     def of(cls, path: Path) -> "_Header":
         """Reads the header and the last bytes of a file; raises ``UserError`` if it is no whole picture."""
+        _refuse_other_than_files(path)
         try:
             with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
                 size, mode, format = image.size[::-1], image.mode, image.format

@@ -1,38 +1,58 @@
-"""Pairs decoded by Pillow in the worker processes of a torch DataLoader, where DALI cannot be had."""
+"""Pairs decoded by Pillow in worker processes, where DALI cannot be had.
+
+Each worker has a pipe of its own and nothing else in common with this process: no shared memory, of which a
+container may have next to none, and no lock that a killed worker could take with it. When it ends, its pipe
+says so.
+"""
 
 import gc
+import logging
 import os
 import signal
+import sys
+import threading
+import time
+from collections import deque
 from collections.abc import Iterator
+from contextlib import closing, suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from fastpix2pix.cores import usable_cores
 from fastpix2pix.data.pairs import Pair
 from fastpix2pix.data.resize import Interpolation, resize
 from fastpix2pix.errors import UserError
+from fastpix2pix.signals import STOPS
+
+log = logging.getLogger(__name__)
 
 
-class ResizedPairs(Dataset):
-    """``dataset[indices]`` decodes and resizes a whole request: (A, B), uint8 (n, size, size, 3)."""
+class ResizedPairs(NamedTuple):
+    """``decode(indices)`` reads and resizes a whole request."""
 
-    def __init__(self, pairs: list[Pair], load_size: int, interpolation: Interpolation):
-        self.pairs = pairs
-        self.load_size = load_size
-        self.interpolation = interpolation
+    pairs: list[Pair]
+    load_size: int
+    interpolation: Interpolation
 
-    def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, Tensor] | UserError:
-        try:
-            pairs = [self.pairs[i].read() for i in indices]
-        except UserError as error:
-            return error  # as a value: an exception would arrive wrapped in the worker's traceback
-        a, b = (torch.cat([self._resized(pair[half]) for pair in pairs]) for half in (0, 1))
-        return a, b
+    def decode(self, indices: np.ndarray, into: Tensor) -> None:
+        """Write A and B of the pairs to ``into``, uint8 (2, n, load_size, load_size, 3)."""
+        for number, i in enumerate(indices):
+            for half, image in enumerate(self.pairs[i].read()):
+                into[half, number] = self._resized(image)
+
+    def shape(self, indices: np.ndarray) -> tuple[int, ...]:
+        """Of the decoded ``indices``."""
+        return 2, len(indices), self.load_size, self.load_size, 3
 
     def _resized(self, image: np.ndarray) -> Tensor:
-        return resize(torch.from_numpy(np.ascontiguousarray(image))[None], self.load_size, self.interpolation)
+        pixels = torch.from_numpy(np.ascontiguousarray(image))[None]
+        return resize(pixels, self.load_size, self.interpolation)[0]
 
 
 def resized_chunks(
@@ -47,40 +67,157 @@ def resized_chunks(
     """For each request (int64 (n,), indices into ``pairs``): (A, B), uint8 (n, load_size, load_size, 3).
 
     Up to ``num_threads`` worker processes run ahead of the consumer; to a GPU the pixels travel from
-    pinned memory. Raises ``UserError`` naming the file that cannot be decoded.
+    pinned memory. Where no process can be started, which is said, this one decodes. Raises ``UserError``
+    naming the file that cannot be decoded, or when a worker ends.
     """
-    loader = DataLoader(
-        ResizedPairs(pairs, load_size, interpolation),
-        batch_size=None,
-        sampler=requests,
-        num_workers=min(num_threads, _cores()),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_parent,
-    )
-    for chunk in _forked(loader):
-        if isinstance(chunk, UserError):
-            raise chunk
-        yield tuple(half.to(device, non_blocking=True) for half in chunk)
+    dataset = ResizedPairs(pairs, load_size, interpolation)
+    try:
+        workers = _start(dataset, min(num_threads, usable_cores()))
+    except OSError as error:
+        log.warning(f"no process to decode images can be started ({error}): this one decodes them")
+        decoded = _decoded_here(dataset, requests, device)
+    else:
+        decoded = _decoded_by(workers, dataset, requests, device)
+    with closing(decoded) as chunks:
+        for chunk in chunks:
+            a, b = chunk.to(device, non_blocking=True)
+            yield a, b
 
 
-def _forked(loader: DataLoader) -> Iterator:
-    """The loader's iterator, its workers started with no garbage of this process to collect.
+def _decoded_here(
+    dataset: ResizedPairs, requests: Iterator[np.ndarray], device: torch.device
+) -> Iterator[Tensor]:
+    for indices in requests:
+        chunk = _empty(dataset, indices, device)
+        dataset.decode(indices, chunk)
+        yield chunk
+
+
+def _empty(dataset: ResizedPairs, indices: np.ndarray, device: torch.device) -> Tensor:
+    return torch.empty(dataset.shape(indices), dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+# ------------------------------------------------------------------------------------------ processes
+
+
+class Worker(NamedTuple):
+    process: BaseProcess
+    connection: Connection
+
+    def ask(self, indices: np.ndarray) -> None:
+        try:
+            self.connection.send(indices)
+        except OSError as error:
+            raise self._ended() from error
+
+    def answer(self, into: Tensor) -> None:
+        """Wait for the decoded request. Raises UserError for a file, or when the process has ended."""
+        try:
+            error = self.connection.recv()
+            if error is None:
+                self.connection.recv_bytes_into(into.numpy().reshape(-1))
+        except (EOFError, OSError) as gone:
+            raise self._ended() from gone
+        if error is not None:
+            raise error
+
+    def _ended(self) -> UserError:
+        self.process.join(1.0)
+        code = self.process.exitcode
+        how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
+        return UserError(
+            f"a process that decodes images ended {how}; go on with --continue_train, with fewer "
+            "--num_threads if memory is short"
+        )
+
+
+def _decoded_by(
+    workers: list[Worker], dataset: ResizedPairs, requests: Iterator[np.ndarray], device: torch.device
+) -> Iterator[Tensor]:
+    """In the order of ``requests``, of which each worker has one."""
+    asked: deque[tuple[Worker, np.ndarray]] = deque()
+
+    def ask(worker: Worker, indices: np.ndarray) -> None:
+        worker.ask(indices)
+        asked.append((worker, indices))
+
+    try:
+        for worker, indices in zip(workers, requests, strict=False):
+            ask(worker, indices)
+        while asked:
+            worker, indices = asked.popleft()
+            chunk = _empty(dataset, indices, device)
+            worker.answer(chunk)
+            if (following := next(requests, None)) is not None:
+                ask(worker, following)
+            yield chunk
+    finally:
+        _stop(workers)
+
+
+def _start(dataset: ResizedPairs, count: int) -> list[Worker]:
+    """Fork ``count`` workers, with no garbage of this process to collect. Raises OSError if that can't be.
 
     A forgotten DALI pipeline, collected in a worker, would wait for threads that were not forked with it.
     """
+    context = get_context("fork" if sys.platform == "linux" else None)
+    workers: list[Worker] = []
     gc.collect()
     gc.freeze()
     try:
-        return iter(loader)
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            # Without the others' ends: the last of them closes when this process is gone, however it went.
+            inherited = [ours, *(worker.connection for worker in workers)]
+            process = context.Process(
+                target=_work,
+                args=(os.getpid(), dataset, theirs, inherited if sys.platform == "linux" else []),
+                daemon=True,
+            )
+            process.start()
+            theirs.close()
+            workers.append(Worker(process, ours))
+    except OSError:
+        _stop(workers)
+        raise
     finally:
         gc.unfreeze()
+    return workers
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _stop(workers: list[Worker]) -> None:
+    for process, connection in workers:
+        connection.close()
+        process.kill()  # it has nothing to lose, and may wait for a file for ever
+    for process, _ in workers:
+        process.join()
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole process group, and handlers of the parent are inherited by a fork."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended, though it may wait for a file for ever."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _work(parent: int, dataset: ResizedPairs, connection: Connection, inherited: list[Connection]) -> None:
+    """Answer requests until the other end of the pipe is closed."""
+    for number in STOPS:  # they may reach the whole process group, of which the parent decides
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(1)
+    for end in inherited:
+        end.close()
+    with suppress(EOFError, OSError):
+        while True:
+            indices = connection.recv()
+            chunk, error = torch.empty(dataset.shape(indices), dtype=torch.uint8), None
+            try:
+                dataset.decode(indices, chunk)
+            except UserError as refusal:
+                error = refusal
+            except MemoryError:
+                error = UserError("no memory to decode images; give fewer --num_threads, or --cache 0")
+            connection.send(error)
+            if error is None:
+                connection.send_bytes(chunk.numpy().reshape(-1))

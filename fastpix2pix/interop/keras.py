@@ -6,6 +6,7 @@ in the last layer). Kernels are (height, width, in, out) for Conv2D and (height,
 Conv2DTranspose; both become PyTorch's layout by the same reversal, without a spatial flip.
 """
 
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -73,6 +74,8 @@ def read_generator(path: str | Path) -> UNetGenerator:
     path: a file that ``np.savez(path, *generator.get_weights())`` wrote. Depth, width and channels follow
     from the arrays. Raises UserError when they are not a generator's.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
+        raise UserError(f"{path} is no file; give one that np.savez wrote")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = [file[f"arr_{i}"] for i in range(len(file.files))]

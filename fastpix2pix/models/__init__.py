@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+from torch import nn
 
+from fastpix2pix.models.blocks import initialise
 from fastpix2pix.models.discriminator import PatchDiscriminator
 from fastpix2pix.models.generator import UNetGenerator
 from fastpix2pix.models.options import NetworkOptions
@@ -15,7 +17,7 @@ def build_generator(options: NetworkOptions) -> UNetGenerator:
     """A freshly initialised generator on the CPU, the same for the same seed."""
     torch.manual_seed(options.seed)
     dropout: dict[str, Any] = {"dropout": 0.0} if options.no_dropout else {}
-    return UNetGenerator(
+    generator = UNetGenerator(
         options.preset,
         ngf=options.ngf,
         num_downs=options.num_downs,
@@ -23,6 +25,14 @@ def build_generator(options: NetworkOptions) -> UNetGenerator:
         seed=options.seed,
         **dropout,
     )
+    _initialise(generator, options)
+    return generator
+
+
+def _initialise(network: nn.Module, options: NetworkOptions) -> None:
+    """Draw the weights again where they are not to be those that every network is made with."""
+    if (options.init_type, options.init_gain) != (NetworkOptions.init_type, NetworkOptions.init_gain):
+        initialise(network, options.init_type, options.init_gain)
 
 
 def build_networks(
@@ -33,4 +43,5 @@ def build_networks(
     discriminator = PatchDiscriminator(
         options.preset, ndf=options.ndf, n_layers=options.n_layers_D, norm=options.norm
     )
+    _initialise(discriminator, options)
     return generator.to(device), discriminator.to(device)

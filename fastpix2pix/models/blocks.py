@@ -1,9 +1,12 @@
 """The parts of both networks: a convolution with its fused epilogue, and the joint of a skip connection."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from fastpix2pix.kernels.cpu_conv import conv2d, conv_transpose2d
+from fastpix2pix.kernels.deep_conv import TakeGradient, conv_norm_act, is_deep
 from fastpix2pix.kernels.norm_act import norm_act
 from fastpix2pix.kernels.reference import NormActConfig
 from fastpix2pix.presets import Architecture
@@ -35,7 +38,7 @@ class Epilogue(nn.Module):
         bias: bool = False,
     ):
         super().__init__()
-        self.norm = norm
+        self.norm, self.gamma_std = norm, architecture.gamma_std
         self.config = NormActConfig(
             norm=norm is not None,
             eps=architecture.eps,
@@ -88,18 +91,71 @@ class Epilogue(nn.Module):
 
 
 class Block(nn.Module):
-    """A convolution and its epilogue. Normalised convolutions have a bias with instance norm only."""
+    """A convolution and its epilogue. Normalised convolutions have a bias with instance norm only.
+
+    ``take_gradient``: who is asked to take a deep layer's weight gradient (``kernels.deep_conv``).
+    """
+
+    take_gradient: TakeGradient | None = None
 
     def __init__(self, conv: nn.Conv2d | nn.ConvTranspose2d, epilogue: Epilogue):
         super().__init__()
         self.conv = conv
         self.epilogue = epilogue
 
-    def forward(self, x: Tensor, *memory: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-        return self.epilogue(self.convolve(x), *memory)
+    def forward(
+        self,
+        x: Tensor,
+        rng: Tensor | None = None,
+        out: Tensor | None = None,
+        skip_out: Tensor | None = None,
+        *,
+        train_conv: bool = True,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(N, C, H, W) to y of ``out_shape``, or to (y, skip) where the block feeds a skip connection.
 
-    def convolve(self, x: Tensor) -> Tensor:
-        """The convolution alone."""
+        train_conv=False stops the gradient at the convolution's output.
+        """
+        if not self.is_deep(x):
+            with torch.set_grad_enabled(train_conv and torch.is_grad_enabled()):
+                pre = self._convolve(x)
+            return self.epilogue(pre, rng, out, skip_out)
+        weight, epilogue = self.conv.weight, self.epilogue
+        if not train_conv:
+            x, weight = x.detach(), weight.detach()
+        return conv_norm_act(
+            x,
+            weight,
+            epilogue.weight,
+            epilogue.bias,
+            epilogue.running_mean,
+            epilogue.running_var,
+            transposed=self.transposed,
+            config=epilogue.configured(x.shape[0]),
+            rng=rng,
+            out=out,
+            skip_out=skip_out,
+            take_gradient=self.take_gradient,
+        )
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it goes up."""
+        return isinstance(self.conv, nn.ConvTranspose2d)
+
+    def is_deep(self, x: Tensor) -> bool:
+        """Whether convolution and epilogue of ``x`` are one op, a deep layer's."""
+        conv = self.conv
+        strided = conv.kernel_size == (KERNEL_SIZE, KERNEL_SIZE) and conv.stride == (2, 2)
+        return strided and conv.bias is None and is_deep(x, conv.weight, transposed=self.transposed)
+
+    def out_shape(self, x: Tensor) -> tuple[int, int, int, int]:
+        """(N, C, H, W) of y for ``x``, of a convolution that halves or doubles the image."""
+        n, _, h, w = x.shape
+        sides = (2 * h, 2 * w) if self.transposed else (h // 2, w // 2)
+        return n, self.conv.out_channels, *sides
+
+    def _convolve(self, x: Tensor) -> Tensor:
         conv = self.conv
         if isinstance(conv, nn.ConvTranspose2d):
             return conv_transpose2d(x, conv.weight, conv.bias)
@@ -117,13 +173,32 @@ def set_working_type(network: nn.Module, dtype: torch.dtype) -> None:
     network.last.weight.data = network.last.weight.data.to(dtype)
 
 
-def initialise(module: nn.Module) -> None:
-    """Weights from N(0, 0.02), biases zero (Isola et al., section 6.2; both references)."""
+INITIALISERS: dict[str, Callable[[Tensor, float], object]] = {
+    "normal": lambda weight, gain: nn.init.normal_(weight, 0.0, gain),
+    "xavier": nn.init.xavier_normal_,
+    "kaiming": lambda weight, gain: nn.init.kaiming_normal_(weight),  # which has a gain of its own
+    "orthogonal": nn.init.orthogonal_,
+}
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, init_type: str = "normal", gain: float = INIT_STD) -> None:
+    """Weights of the convolutions by ``init_type``, biases zero.
+
+    By default weights are from N(0, 0.02) (Isola et al., section 6.2; both references); the other types and
+    the gain are pytorch-CycleGAN-and-pix2pix's, with which norm weights that are drawn at all spread by the
+    gain too.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.normal_(layer.weight, 0.0, INIT_STD)
+            # Into contiguous memory: orthogonal_ refuses channels-last.
+            drawn = torch.empty_like(layer.weight, memory_format=torch.contiguous_format)
+            INITIALISERS[init_type](drawn, gain)
+            layer.weight.copy_(drawn)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+        elif isinstance(layer, Epilogue) and layer.weight is not None and layer.gamma_std not in (0.0, gain):
+            nn.init.normal_(layer.weight, 1.0, gain)
 
 
 class Join(torch.autograd.Function):

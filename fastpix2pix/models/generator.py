@@ -108,14 +108,13 @@ class UNetGenerator(nn.Module):
         x = source.contiguous(memory_format=torch.channels_last)
         skips = []
         for down in self.downs[:-1]:
-            pre = down.convolve(x)
-            n, c, h, w = pre.shape
+            n, c, h, w = down.out_shape(x)
             joined = torch.empty(
-                (n, 2 * c, h, w), dtype=pre.dtype, device=pre.device, memory_format=torch.channels_last
+                (n, 2 * c, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
             )
             first, second = joined[:, :c], joined[:, c:]
             skip_out, up_out = (first, second) if self.skip_first else (second, first)
-            x, skip = down.epilogue(pre, None, None, skip_out)
+            x, skip = down(x, skip_out=skip_out)
             skips.append((joined, skip, up_out))
         x = self._innermost(x)
         for up, (joined, skip, up_out) in zip(self.ups, reversed(skips), strict=True):
@@ -131,16 +130,19 @@ class UNetGenerator(nn.Module):
         """
         down = self.downs[-1]
         n, _, h, w = x.shape
-        learns = not down.epilogue.ignores(n, h // 2, w // 2)
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            pre = down.convolve(x)
-        return down.epilogue(pre)
+        return down(x, train_conv=not down.epilogue.ignores(n, h // 2, w // 2))
 
     def forward(self, source: Tensor) -> Tensor:
         """Translate ``source`` (N, in_channels, H, W); raises UserError for a size that does not fit."""
         pre = self.before_tanh(source)
         bias = self.last.bias.to(compute_dtype(pre.dtype)).view(1, -1, 1, 1)
         return torch.tanh(pre + bias).to(pre.dtype)
+
+    def leave_out_dropout(self) -> None:
+        """Generate without dropout from now on, in training mode too."""
+        self.dropout = 0.0
+        for up in self.ups:
+            up.epilogue.config = up.epilogue.config._replace(dropout=0.0)
 
     def fresh(self) -> "UNetGenerator":
         """Another generator of this architecture, with newly drawn weights, on the CPU."""

@@ -4,12 +4,6 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-import torch
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError)
-
 
 def explain(error: BaseException) -> str:
     """The cause, and what mends it where that is known, in one line.

@@ -96,6 +96,8 @@ class MasterAdam(Optimizer):
         self._uploaded_lr: list[float | None] = []
         self._group_of: dict[Parameter, int] = {}
         self._found_inf: Tensor | None = None
+        self.updates = 0
+        """Calls of ``step_parameters``: whether a step that failed had moved a weight."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "keras_eps": keras_eps})
 
     # ------------------------------------------------------------------------------------------- state
@@ -240,6 +242,7 @@ class MasterAdam(Optimizer):
     @torch.no_grad()
     def step_parameters(self, parameters: Iterable[Parameter]) -> None:
         """Update ``parameters`` from their gradients, within the step that ``begin_step`` began."""
+        self.updates += 1
         for (index, _), some in self._by_kind(parameters).items():
             states = [self.state[p] for p in some]
             adam.update(

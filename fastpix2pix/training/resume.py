@@ -21,6 +21,41 @@ class Position(NamedTuple):
     sample: int = 0
 
 
+class Undo:
+    """Takes back a step that failed, mostly for want of memory, before it moved a weight.
+
+    What a step changes before that is little: running statistics, counters, Adam's clock.
+    """
+
+    def __init__(self, step: TrainStep):
+        self._step, self._optimizers = step, (step.gen_optimizer, step.disc_optimizer)
+        large = {step.ring.rows.data_ptr()}
+        for optimizer in self._optimizers:
+            for p in optimizer.parameters():
+                state = optimizer.state[p]
+                moments = (state["exp_avg"], state["exp_avg_sq"], state.get("master", p))
+                large |= {tensor.data_ptr() for tensor in (p, *moments)}
+        self._live = [tensor for tensor in step.state() if tensor.data_ptr() not in large]
+        self._kept = [tensor.clone() for tensor in self._live]
+        self._updates = self._count()
+
+    def _count(self) -> int:
+        return sum(optimizer.updates for optimizer in self._optimizers)
+
+    def mark(self) -> None:
+        """A step begins."""
+        torch._foreach_copy_(self._kept, self._live)
+        self._updates = self._count()
+
+    def take_back(self) -> bool:
+        """Set everything to where it was at ``mark``; False, and nothing done, if a weight moved since."""
+        if self._count() != self._updates:
+            return False
+        torch._foreach_copy_(self._live, self._kept)
+        self._step.forget_gradients()
+        return True
+
+
 def training_state(step: TrainStep, config: TrainConfig, environment: dict, position: Position) -> dict:
     """All that an exact resume needs, as plain values and tensors; weights in float32 always.
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpix2pix.errors import UserError
+from fastpix2pix.errors import UserError, is_out_of_memory
 from fastpix2pix.kernels import language, launch
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
-from fastpix2pix.training.diagnosis import explain, is_out_of_memory
+from fastpix2pix.training.diagnosis import explain
 from fastpix2pix.training.graph import CapturedStep
 from fastpix2pix.training.options import Precision, StepOptions
 from fastpix2pix.training.precision import WORKING_TYPES

@@ -1,24 +1,32 @@
 """The benchmarks' own truth: the peers compute what we compute, and traffic is counted by its rules."""
 
 import json
+import math
 import platform
 import re
+import shutil
+import subprocess
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import compare, render, results, roofline, timing, traffic
+from benchmarks import compare, outsiders, render, results, roofline, timing, traffic
 from benchmarks.peers import FUSED, PLAIN, PeerStep, Tuning, tuned
 from benchmarks.processes import time_in_turns
 from benchmarks.timing import Seconds
 from benchmarks.variants import RunningVariant, StepVariant, all_variants
 from benchmarks.workload import Workload
+from fastpix2pix.errors import UserError
 from fastpix2pix.kernels import launch
 from fastpix2pix.models import build_networks
 from fastpix2pix.training.step import TrainStep
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def miniature(preset, **options):
@@ -63,6 +71,75 @@ def test_dropout_of_the_peers():
             if isinstance(up.dropout, torch.nn.Dropout)
         ]
         assert dropping == sizes
+
+
+# ---------------------------------------------------------------------------------------------- outsiders
+
+CHECKOUT = Path(__file__).parents[1] / "interop" / "junyanz_miniature"
+ITS_OPTIONS = """
+import options
+
+class BaseOptions:
+    def parse(self):
+        return options.parse(train=True)
+
+class TrainOptions(BaseOptions):
+    pass  # takes --gpu_ids
+"""
+
+
+def test_a_checkout_of_junyanz_takes_part_with_its_own_code(tmp_path):
+    """In a process of its own, as every variant: its modules are called models, options and data."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(CHECKOUT, checkout)
+    (checkout / "options").mkdir()
+    (checkout / "options.py").rename(checkout / "options" / "__init__.py")
+    (checkout / "options" / "train_options.py").write_text(ITS_OPTIONS, encoding="utf-8")
+    program = f"""
+from pathlib import Path
+from benchmarks import outsiders
+from benchmarks.workload import Workload
+
+step = outsiders.junyanz_program(Path({str(checkout)!r}), Workload("junyanz", ngf=2, ndf=2))
+print("losses", *step().values())
+before = [p.clone() for p in step.__closure__[0].cell_contents.netG.parameters()]
+step()
+after = [*step.__closure__[0].cell_contents.netG.parameters()]
+print("moved", sum(bool((a != b).any()) for a, b in zip(before, after)), "of", len(after))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    losses, moved = (
+        line.split() for line in done.stdout.splitlines() if line.startswith(("losses", "moved"))
+    )
+    expected = [math.log(2), 100 * 0.5, math.log(2), math.log(2)]  # G_GAN, G_L1, D_real, D_fake when fresh
+    assert [float(loss) for loss in losses[1:]] == pytest.approx(expected, rel=0.1)
+    assert int(moved[1]) == int(moved[3]) > 20
+
+
+def test_what_is_no_checkout_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--junyanz .*: no models/pix2pix_model.py in it"):
+        outsiders.check_checkout(tmp_path, "junyanz")
+    with pytest.raises(UserError, match="add --preset junyanz"):
+        outsiders.check_checkout(CHECKOUT, "tutorial")
+
+
+@pytest.mark.skipif(not outsiders.has_tensorflow(), reason="TensorFlow is not installed")
+def test_the_tensorflow_tutorial_takes_part():
+    """Its first losses are those of fresh networks: a discriminator that can't tell, an image of noise."""
+    program = """
+from benchmarks import outsiders
+from benchmarks.workload import Workload
+
+print("losses", *outsiders.tensorflow_tutorial(Workload(ngf=4, ndf=4))())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    total, disc = (float(loss) for loss in done.stdout.split("losses", 1)[1].split())
+    assert disc == pytest.approx(2 * math.log(2), rel=0.3)
+    assert total == pytest.approx(math.log(2) + 100 * 0.5, rel=0.1)  # |uniform - about 0| is 1/2
 
 
 # ------------------------------------------------------------------------------------------------ traffic

@@ -165,6 +165,8 @@ OTHER_TASKS = {
     "direction": "AtoB",
     "load_size": "40",
     "no_flip": None,
+    "preprocess": "crop",
+    "max_dataset_size": "2",
     "gan_mode": "lsgan",
 }
 
@@ -198,6 +200,14 @@ def test_another_architecture_is_refused_even_if_forced(run, capsys, words):
     assert f"error: {flag} " in (error := capsys.readouterr().err) and "was trained with" in error
 
 
+@pytest.mark.parametrize("words", ["--init_type xavier", "--init_gain 0.1", "--init_from elsewhere"])
+def test_another_beginning_is_refused_even_if_forced(run, capsys, words):
+    run()
+    with pytest.raises(SystemExit):
+        run.go_on(*words.split(), "--force", "--steps", "3")
+    assert f"error: {words}: decides how a run begins" in capsys.readouterr().err
+
+
 def test_what_may_change_is_listed_and_saved(run, capsys):
     folder = run()
     run.go_on("--steps", "3", "--lr", "0.001", "--batch_size", "2", "--print_freq", "1")
@@ -208,6 +218,14 @@ def test_what_may_change_is_listed_and_saved(run, capsys):
     run.go_on("--steps=4")
     out = capsys.readouterr().out
     assert "--steps 3 -> 4" in out and out.count("changed since") == 1
+
+
+def test_a_switch_that_is_on_may_be_typed_again_and_turned_off(run):
+    folder = run("--no_dropout", "--no_flip")
+    run.go_on("--no_dropout", "--no-flip", "--steps", "3")
+    assert request(folder)["no_dropout"] and request(folder)["no_flip"] and newest(folder)["step"] == 3
+    run.go_on("--no_no_dropout", "--steps", "4")
+    assert not request(folder)["no_dropout"] and request(folder)["no_flip"]
 
 
 def test_a_length_in_epochs_takes_the_place_of_one_in_steps(run):
@@ -221,10 +239,11 @@ def test_a_length_in_epochs_takes_the_place_of_one_in_steps(run):
 
 def test_every_flag_has_its_kind():
     """Whoever adds a flag decides what it means for a run that goes on."""
-    from fastpix2pix.config import ARCHITECTURE, NOT_OF_THE_RUN, TASK
+    from fastpix2pix.config import ARCHITECTURE, BEGINNING, NOT_OF_THE_RUN, TASK
 
-    free = set(vars(TrainConfig())) - {*ARCHITECTURE, *NOT_OF_THE_RUN, *TASK}
+    free = set(vars(TrainConfig())) - {*ARCHITECTURE, *BEGINNING, *NOT_OF_THE_RUN, *TASK}
     names = """name checkpoints_dir batch_size no_dropout lambda_L1 lr beta1 steps n_epochs n_epochs_decay
-        device precision no_graph seed loader num_threads cache print_freq display_freq save_latest_freq
-        keep_checkpoints"""
+        device precision no_graph seed loader threads num_threads cache print_freq display_freq
+        save_latest_freq keep_checkpoints lr_policy lr_decay_iters save_epoch_freq serial_batches use_wandb
+        wandb_project_name"""
     assert free == {*names.split()}

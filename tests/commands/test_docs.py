@@ -16,9 +16,12 @@ from torch import nn
 import fastpix2pix
 from fastpix2pix import checkpoint, cli
 from fastpix2pix.config import TrainConfig
+from fastpix2pix.demo import DemoConfig
 from fastpix2pix.doctor import DoctorConfig
+from fastpix2pix.evaluate import EvaluateConfig
 from fastpix2pix.export import ExportConfig
 from fastpix2pix.report import ReportConfig
+from fastpix2pix.timelapse import TimelapseConfig
 from fastpix2pix.training.resume import Position, training_state
 from fastpix2pix.translate import TranslateConfig
 
@@ -39,7 +42,8 @@ COMMANDS = sorted(
 def test_command_parses(monkeypatch, page, command):
     parsed = []
 
-    def parse(config_class, _command, argv=None, **_options):
+    def parse(config_class, _command, argv=None, habits=lambda argv: (argv, []), **_options):
+        argv, _lines = habits(argv)
         flags = (tyro.conf.FlagCreatePairsOff,)
         parsed.append(tyro.cli(config_class, args=argv, use_underscores=True, config=flags))
 
@@ -68,8 +72,11 @@ def test_links_between_pages(page):
 CONFIGURATIONS = {
     "train": TrainConfig,
     "translate": TranslateConfig,
+    "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "report": ReportConfig,
+    "demo": DemoConfig,
+    "timelapse": TimelapseConfig,
     "doctor": DoctorConfig,
 }
 

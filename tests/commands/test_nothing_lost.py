@@ -127,10 +127,11 @@ def test_events_samples_and_report_that_cannot_be_written_are_only_warned_of(run
 
     monkeypatch.setattr(record_writer.RecordWriter, "write", full)
     (tmp_path / "run" / "report.html" / "x").mkdir(parents=True)
+    (tmp_path / "run" / "losses.csv" / "x").mkdir(parents=True)
     (tmp_path / "run" / "samples").write_text("a file where the folder should be")
     code, _, err = run("--steps", 3, "--display_freq", 1, "--save_latest_freq", 1, "--print_freq", 1)
     assert code == 0 and steps_saved(tmp_path / "run") == [1, 2, 3]
-    for what in ("events", "samples", "report.html"):
+    for what in ("events", "samples", "report.html", "losses.csv"):
         assert err.count(f"warning: {what} can't be written (") == 1
     assert "Traceback" not in err
 

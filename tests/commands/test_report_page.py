@@ -1,5 +1,7 @@
 """The run's report: its numbers against TensorBoard's own reader, its drawing against its own axis labels."""
 
+import base64
+import io
 import json
 import math
 import re
@@ -10,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from fastpix2pix import report
+from fastpix2pix import environment, report
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.errors import UserError
 from fastpix2pix.history import read_history
@@ -165,10 +167,43 @@ def test_samples_in_order_of_their_step(run):
         Image.new("RGB", (6, 9)).save(run / "samples" / f"step_{step:08d}.png")
     (run / "samples" / "step_00030000.png").write_bytes(b"half a pictu")
     page = report.write_report(run).read_text()
-    assert re.findall(r'<img src="(.*?)" alt=".*?" width="6" height="9"', page) == [
-        f"./samples/step_{step:08d}.png" for step in (300, 1000, 20000)
-    ]
+    alts = re.findall(r'<img src="data:image/jpeg;base64,.*?" alt="(.*?)" width="6" height="9"', page)
+    assert alts == [f"samples at step {step}" for step in (300, 1000, 20000)]
     assert re.findall(r"<figcaption>step (.*?)</figcaption>", page) == ["300", "1,000", "20,000"]
+
+
+def test_page_is_one_file_that_can_be_sent(run):
+    """Pictures are in it, few and small, whatever the folder holds; nothing is fetched from anywhere."""
+    (run / "samples").mkdir()
+    random = np.random.default_rng(0)
+    for step in range(1, 61):
+        times = 60 if step == 60 else 24
+        blocks = random.integers(0, 256, (24, 18, 3), dtype=np.uint8).repeat(times, 0).repeat(times, 1)
+        Image.fromarray(blocks).save(run / "samples" / f"step_{step:08d}.png", compress_level=1)
+    page = report.write_report(run).read_text()
+    assert not [u for u in re.findall(r'(?:src|href)="(.*?)"', page) if not u.startswith("data:")]
+    assert "url(" not in page and "@import" not in page
+    steps = [int(step) for step in re.findall(r"<figcaption>step (\d+)</figcaption>", page)]
+    assert len(steps) == 24 and steps[0] == 1 and steps[-1] == 60 and set(np.diff(steps)) == {2, 3}
+    assert "24 of 60, all are in samples/" in page and len(page) < 8e6
+    pictures = [base64.b64decode(code) for code in re.findall(r"image/jpeg;base64,(.*?)\"", page)]
+    sizes = [Image.open(io.BytesIO(picture)).size for picture in pictures]
+    assert sizes == [(384, 512)] * 23 + [(768, 1024)]
+    newest = np.asarray(Image.open(io.BytesIO(pictures[-1]))).astype(float)
+    drawn = np.asarray(Image.fromarray(blocks).resize((768, 1024), Image.Resampling.LANCZOS))
+    assert np.abs(newest - drawn).mean() < 4
+
+
+def test_what_was_left_open_is_filled_in(run):
+    config = TrainConfig(name="x", ngf=8)
+    (run / "config.json").write_text(config.to_json())
+    environment.save({"precision": "bf16", "steps": 40000, "direction": "BtoA"}, run)
+    write_events(run / "events", (1, 2))
+    page = report.write_report(run).read_text()
+    assert "<dd>2 of 40,000</dd>" in page
+    for name, value in (("steps", 40000), ("precision", "bf16"), ("direction", "BtoA")):
+        assert f"<div><dt>{name}</dt><dd>{value} (chosen)</dd></div>" in page, "and not in bold"
+    assert re.findall(r"<div class=changed><dt>(\w+)</dt>", page) == ["name", "ngf"]
 
 
 def test_run_without_a_step_and_constant_zero_loss(run):
@@ -193,4 +228,4 @@ def test_folder_that_is_no_run(tmp_path, capsys, config):
 def test_config_of_another_version_is_shown_as_it_is(run):
     config = json.loads((run / "config.json").read_text()) | {"flux": "9", "preset": "other"}
     (run / "config.json").write_text(json.dumps(config))
-    assert "<dt>flux</dt><dd>9</dd>" in report.write_report(run).read_text()
+    assert "<div><dt>flux</dt><dd>9</dd>" in report.write_report(run).read_text()

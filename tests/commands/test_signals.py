@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from tiny_run import SMALL, steps_saved
 
+from fastpix2pix import run_folder
+
 SECONDS = 120  # far more than anything here takes
 
 
@@ -120,18 +122,34 @@ def test_a_second_request_ends_at_once_whatever_the_main_thread_does():
     assert b"stopped at once" in err and b"Traceback" not in err
 
 
+REPEATS = """
+import os, signal, sys, time
+from fastpix2pix import signals
+signals.SAME_REQUEST = float(sys.argv[1])
+with signals.stop_requests(print):
+    for pause in (0.1, 0.1, float(sys.argv[2])):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(pause)
+print("alive")
+"""
+
+
+@pytest.mark.parametrize(("same", "pause", "code", "out"), [(1000, 0.5, 0, b"alive\n"), (0, 1000, 143, b"")])
+def test_a_signal_that_is_repeated_at_once_is_the_same_request(same, pause, code, out):
+    command = [sys.executable, "-c", REPEATS, str(same), str(pause)]
+    ended = subprocess.run(command, capture_output=True, timeout=SECONDS)
+    assert (ended.returncode, ended.stdout) == (code, out)
+
+
 CLOSES_FOR_EVER = """
 import os, signal, time
 from fastpix2pix import signals
 signals.CLOSING = 0.2
-with signals.stop_requests(print) as stops:
-    with stops.limited("not yet"):
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)
-    with stops.limited("in time"):
-        pass
-    with stops.limited("stopped at step 7"):
-        time.sleep(1000)
+with signals.limited("in time", 1):
+    pass
+time.sleep(0.5)
+with signals.limited("stopped at step 7", 143):
+    time.sleep(1000)
 """
 
 
@@ -152,6 +170,127 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
         "    assert not stops\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+NEVER_RETURNS = """
+import ctypes, os, signal, sys, time
+from fastpix2pix import signals
+signals.UNANSWERED, signals.FINISHING = 0.3, 0.6
+mutex = ctypes.create_string_buffer(64)
+lock = ctypes.CDLL(None).pthread_mutex_lock
+lock(mutex)
+with signals.stop_requests(lambda: (signals.say("saved"), signals.end_at_once(stops.exit_code))) as stops:
+    print("ready", flush=True)
+    if sys.argv[1] == "waits":
+        with stops.waiting():
+            lock(mutex)
+    elif sys.argv[1] == "saves":
+        while not stops:
+            time.sleep(0.01)
+    lock(mutex)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a call that no signal interrupts, in glibc")
+@pytest.mark.parametrize(
+    ("does", "line"),
+    [("waits", "saved"), ("computes", "not finished 1 s after"), ("saves", "not finished 1 s after")],
+)
+def test_a_main_thread_that_does_not_come_back_from_a_call_holds_no_end_up(does, line):
+    """Within the wait for data, where another thread may save; within a step; within the saving."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", NEVER_RETURNS, does], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)  # until it is in the call
+    process.terminate()
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 128 + signal.SIGTERM
+    asked, answer = [text for text in err.splitlines() if text]
+    assert "stopping: finishing the step and saving" in asked and answer.startswith(line)
+
+
+def test_a_request_that_was_met_ends_nothing_later():
+    script = (
+        "import os, signal, time\n"
+        "from fastpix2pix import signals\n"
+        "signals.UNANSWERED, signals.FINISHING = 0.1, 0.2\n"
+        "with signals.stop_requests(print) as stops:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "time.sleep(0.6)\n"
+        "print(stops.exit_code)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=SECONDS)
+    assert ended.returncode == 0 and ended.stdout == b"143\n"
+
+
+@pytest.mark.parametrize("module", ["tyro", "torch"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_during_the_imports_ends_with_one_line(tmp_path, module, number):
+    """The module stands for the real one, which may be loading a library that takes its time."""
+    (tmp_path / f"{module}.py").write_text(
+        f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(60)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-m", "fastpix2pix.train", "--help"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        timeout=SECONDS,
+        text=True,
+    )
+    assert ended.returncode == 128 + number and ended.stdout == ""
+    assert ended.stderr.split("\n", 1)[1] == f"stopped by {number.name}; what was written before is whole\n"
+
+
+PREPARES = """
+import ctypes, os, runpy, signal, sys
+sys.argv[0] = "-m"
+import fastpix2pix
+sys.argv[0] = "train"
+from multiprocessing import Process
+from fastpix2pix import signals, train
+signals.CLOSING = 0.3
+mutex = ctypes.create_string_buffer(64)
+def prepare(*_, **__):
+    child = Process(target=lambda: signal.pause(), daemon=True)
+    child.start()
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    print("ready", flush=True)
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+train.{name} = prepare
+train.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a call that no signal interrupts, in glibc")
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [
+        (signal.SIGTERM, "open_loader"),
+        pytest.param(signal.SIGHUP, "prepare_step", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "data_folder", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_before_the_first_step_ends_a_call_that_does_not_return(tmp_path, dataroot, number, name):
+    """And the processes that it may have started; the next training finds the run free."""
+    where = ["--dataroot", str(dataroot), "--checkpoints_dir", str(tmp_path), "--name", "run"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", PREPARES.format(name=name), *SMALL, *where],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.stdout.readline() not in ("ready\n", ""):
+        pass
+    time.sleep(0.5)  # until it is in the call
+    process.send_signal(number)
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 128 + number
+    assert err.split() == f"stopped by {number.name}; what was written before is whole".split()
+    assert group_is_gone(process.pid)
+    with run_folder.owned(tmp_path / "run"):
+        pass
 
 
 @pytest.mark.parametrize("module", ["tyro", "torch"])

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from address_recorder import recorded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rounding import assert_stored
@@ -335,6 +336,95 @@ def test_backward_through_one_half(triton_device, half):
     (dx,) = torch.autograd.grad(y, x, alone.dy[rows])
     assert_stored(part.dx, dx, slack=1e-13)
     assert part.dweight is part.dbias is None
+
+
+# ---------------------------------------------------------------------- kernels: images as partial sums
+
+
+def partial_sums(count: int, like: Tensor, seed: int = 3) -> Tensor:
+    """(count, N * H * W, C), and some values of which float32 keeps a different sum in another order."""
+    n, c, h, w = like.shape
+    generator = torch.Generator().manual_seed(seed)
+    partials = torch.randn((count, n * h * w, c), generator=generator) / count**0.5
+    if count > 2:
+        partials[0, 0, 0], partials[1, 0, 0], partials[-1, 0, 0] = 2.0**26, 1.0, -(2.0**26)
+    return partials
+
+
+SPLIT = [((1, 40, 1, 1), 32), ((1, 17, 2, 2), 5), ((2, 5, 4, 3), 3), ((1, 32, 16, 16), 8), ((3, 3, 1, 1), 1)]
+
+
+@pytest.mark.parametrize("few_pixels", [0, 1024], ids=["two launches", "one launch"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, count", SPLIT, ids=str)
+def test_an_image_may_come_as_partial_sums(triton_device, monkeypatch, shape, count, dtype, few_pixels):
+    """The same as with the sum, to the last bit: forward in place of x, which receives it, backward of dy."""
+    monkeypatch.setattr(kernels, "FEW_PIXELS", few_pixels)
+    config = NormActConfig(slope=0.2, skip_slope=0.0, dropout=0.3, groups=shape[0], layer=2)
+    case = make(shape, dtype, config, before=2).to(triton_device)
+    rng = RNG.to(triton_device)
+    sums, dy_sums = (partial_sums(count, case.x, seed).to(triton_device) for seed in (3, 4))
+    if dtype == torch.bfloat16 or not few_pixels:
+        # The interpreter cuts bf16 off where a GPU rounds, and the launcher adds in another order.
+        dy_sums = dy_sums.clamp(-3, 3).mul(4).round()
+
+    def forward(x, **partials):
+        case_ = case.to(triton_device)
+        parameters = case_.weight, case_.bias, case_.running_mean, case_.running_var
+        results = kernels.norm_act_forward(x, *parameters, rng, config, **partials)
+        return [*results, case_.running_mean, case_.running_var]
+
+    def backward(x, dy, mean, rstd, **partials):
+        saved = case.weight, case.bias, mean, rstd
+        return kernels.norm_act_backward(dy, case.dskip, x, *saved, rng, config, **partials)
+
+    x = torch.full_like(case.x, torch.nan, memory_format=torch.channels_last)
+    with recorded() as recording:
+        results = forward(x, partials=sums)
+        gradients = backward(x, None, *results[2:4], dy_partials=dy_sums)
+    assert not recording.findings, list(map(str, recording.findings))
+
+    for actual, expected in zip(results, forward(x.clone()), strict=True):
+        assert torch.equal(actual, expected)
+    exact = torch.empty_like(x, dtype=torch.float32)  # the order matters: not in float64
+    reference.add_partials(sums, exact)
+    if few_pixels:
+        assert torch.equal(x.float(), exact.to(dtype).float()) or dtype == torch.bfloat16
+        assert_stored(x, exact.double())
+    else:
+        exact[0, 0, 0, 0] = x[0, 0, 0, 0]
+        assert_stored(x, exact.double(), slack=1e-6)
+    dy = reference.add_partials(dy_sums, torch.empty_like(x))
+    for actual, expected in zip(gradients, backward(x, dy, *results[2:4]), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_the_reference_takes_partial_sums_too():
+    case = make((2, 5, 4, 3), torch.bfloat16, NormActConfig(slope=0.2, skip_slope=0.0))
+    sums, dy_sums = partial_sums(3, case.x), partial_sums(2, case.x)
+    x, dy = (torch.empty_like(case.x, memory_format=torch.channels_last) for _ in range(2))
+    in_order = (sums[0] + sums[1]) + sums[2]
+    parameters = case.weight, case.bias
+    actual = reference.norm_act_forward(x, *parameters, None, None, None, case.config, partials=sums)
+    assert torch.equal(x.permute(0, 2, 3, 1).reshape(24, 5), in_order.to(torch.bfloat16))
+    dy.copy_((dy_sums[0] + dy_sums[1]).view(2, 4, 3, 5).permute(0, 3, 1, 2))
+    expected = reference.norm_act_forward(x.clone(), *parameters, None, None, None, case.config)
+    saved = x, *parameters, expected.mean, expected.rstd, None, case.config
+    actual += reference.norm_act_backward(None, case.dskip, *saved, dy_partials=dy_sums)
+    expected += reference.norm_act_backward(dy, case.dskip, *saved)
+    for mine, other in zip(actual, expected, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_refuses_partial_sums_that_do_not_fit(triton_device):
+    case = make((2, 5, 4, 3), torch.float32, NormActConfig()).to(triton_device)
+    good = partial_sums(3, case.x).to(triton_device)
+    for bad in (good[:0], good[:, :-1], good.double(), good.mT.contiguous().mT, good[0]):
+        for ops in (kernels, reference):
+            with pytest.raises(ValueError, match=r"must be contiguous torch.float32 \(S, 24, 5\)"):
+                ops.norm_act_forward(case.x, *(None,) * 5, case.config, partials=bad)
+            with pytest.raises(ValueError, match=r"must be contiguous torch.float32 \(S, 24, 5\)"):
+                ops.norm_act_backward(None, None, case.x, *(None,) * 5, case.config, dy_partials=bad)
 
 
 # -------------------------------------------------------------------------------- kernels: memory and slices

@@ -62,7 +62,7 @@ def test_keeps_the_newest_by_number(tmp_path):
 
 def test_an_abandoned_partial_file_is_no_checkpoint_and_goes_away(tmp_path):
     checkpoint.save(tmp_path, 1, STATE, keep=2)
-    partial = tmp_path / "checkpoints" / "step_00000002.partial"
+    partial = tmp_path / "checkpoints" / "step_00000003.partial"
     partial.write_bytes(b"half")
     assert checkpoint.latest(tmp_path).name == "step_00000001.pt"
     checkpoint.save(tmp_path, 2, STATE, keep=2)
