@@ -34,8 +34,8 @@ class CompareConfig:
     """Pairs per step."""
     rounds: int = 11
     """How often each variant has its turn."""
-    compiled: bool = False
-    """Let torch.compile of the tuned step take part; it compiles for minutes."""
+    eager: bool = False
+    """On a GPU, leave the tuned step as it is. Otherwise torch.compile tunes it first, for minutes."""
     threads: int | None = None
     """CPU threads. Default: PyTorch's choice."""
     junyanz: Path | None = None
@@ -54,7 +54,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     workload = Workload(preset=config.preset, batch_size=config.batch_size)
     variants = [
         *outsider_variants(config.preset, config.junyanz),
-        *all_variants(device, compiled=config.compiled),
+        *all_variants(device, compiled=device.type == "cuda" and not config.eager),
     ]
     environment = results.environment(device)
     seconds = time_in_turns(variants, workload, device, config.rounds)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +175,7 @@ class Tuning:
 
     channels_last: memory format of weights and images. autocast: 16-bit type of the forward pass, or None;
     float16 brings a GradScaler. adam: what ``torch.optim.Adam`` is given beside its hyperparameters.
-    compiled: ``torch.compile`` of both networks.
+    compiled: both networks by ``torch.compile`` with ``compile_options``, where that works.
     """
 
     channels_last: bool = False
@@ -185,6 +186,17 @@ class Tuning:
 
 FUSED = (("fused", True),)
 PLAIN = Tuning()
+
+
+def compile_options() -> dict[str, Any]:
+    """Those of ``torch.compile(mode="max-autotune")``, CUDA graphs among them, and Triton templates for the
+    gradients of convolutions too: torch 2.13 has them, and tries them on AMD's GPUs only unless told to.
+    """
+    from torch._inductor import config, list_mode_options
+
+    gradients = "max_autotune_conv_bwd_weight_backends", "max_autotune_conv_bwd_input_backends"
+    options = list_mode_options("max-autotune")
+    return options | {name: "ATEN,TRITON" for name in gradients if hasattr(config, name)}
 
 
 def tuned(device: torch.device | str) -> Tuning:
@@ -226,8 +238,10 @@ class PeerStep:
         self.lambda_l1, self.rule, self.steps = options.lambda_L1, rule, 0
         self.run_generator, self.run_discriminator = self.generator, self.discriminator
         if tuning.compiled:
-            self.run_generator = torch.compile(self.generator)
-            self.run_discriminator = torch.compile(self.discriminator)
+            # The tutorial's rule goes back through the same forward pass twice.
+            torch._functorch.config.donated_buffer = False
+            self.run_generator = torch.compile(self.generator, options=compile_options())
+            self.run_discriminator = torch.compile(self.discriminator, options=compile_options())
 
     def load_ours(self, generator: nn.Module, discriminator: nn.Module) -> "PeerStep":
         load_ours(self.generator, generator)
@@ -241,7 +255,19 @@ class PeerStep:
         if self.rule.keras_eps:  # Keras's place of epsilon, in torch's form: it differs from step to step
             for optimizer in (self.gen_optimizer, self.disc_optimizer):
                 optimizer.param_groups[0]["eps"] = self.rule.adam_eps / (1 - 0.999**self.steps) ** 0.5
-        return (self._simultaneous if self.rule.simultaneous else self._alternating)(source, target)
+        update = self._simultaneous if self.rule.simultaneous else self._alternating
+        if not self.tuning.compiled:
+            return update(source, target)
+        torch.compiler.cudagraph_mark_step_begin()
+        try:
+            return update(source, target)
+        except Exception as error:  # whatever the compiler raises
+            if self.steps > 1:
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"torch.compile gave up, so this runs eagerly: {reason}", flush=True)
+            self.run_generator, self.run_discriminator = self.generator, self.discriminator
+            return update(source, target)
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ COUNTED = "H100"  # the GPU of the model whose 16-bit type is the one that opera
 ROOT = Path(__file__).resolve().parents[1]
 README, PAGE, PLOT = ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "speed.svg"
 PEERS = ("plain PyTorch", "tuned PyTorch")
+IN_GRAPHS = "tuned PyTorch, in CUDA graphs"
 NOT_ON_GPU = "Nothing here was measured on a GPU yet."
 BEGIN, END = "<!-- speed: begin (python -m benchmarks.render writes this part) -->", "<!-- speed: end -->"
 
@@ -112,28 +113,55 @@ def suite(result: Result) -> list[str]:
 
 
 def model(rooflines: list[Result]) -> list[str]:
-    """What the rooflines say of GPUs."""
+    """What the rooflines say of GPUs: by bandwidth alone, and with latency."""
     assumed, gpus = rooflines[0]["assumed"], rooflines[0]["model"]
     counted = gpus[COUNTED]["sixteen"]
     others = (f", {gpu['sixteen']} on the {name}" for name, gpu in gpus.items() if gpu["sixteen"] != counted)
     words = (
-        "Counted, and a model; not measured. Operators, and the bytes of their operands, are counted by "
-        f"tracing a step, plain PyTorch in fp32, the others in {counted}. Milliseconds are a model "
-        f"({counted}{''.join(others)}): published bandwidth and arithmetic rates, every operand through "
+        "Counted, and a model; not measured. Operators, the bytes of their operands (each tensor once) and "
+        "the bytes that they move (each read and each write) are counted by tracing a step, plain PyTorch in "
+        f"fp32, the others in {counted}. Milliseconds are a model "
+        f"({counted}{''.join(others)}): published bandwidth and arithmetic rates, every byte through "
         f"memory, {assumed['eager_operator_us']:g} us of the host for each operator of an eager step, "
-        f"{assumed['captured_launch_us']:g} us between the launches of our captured one."
+        f"{assumed['captured_launch_us']:g} us between the launches of a captured one."
     )
-    rows = [
-        (
-            f"{images(result)}: {emphasised(name)}",
-            str(row["operators"]),
-            f"{row['operands_gb']:.2f}",
-            *(f"{gpu['steps'][name]['ms']:.2f}" for gpu in result["model"].values()),
-        )
-        for result in rooflines
-        for name, row in result["model"][COUNTED]["steps"].items()
+    latency = (
+        "The same with latency, a model too: "
+        f"{assumed['node_us']:g} us before each launch, {assumed['trip_us']:g} us for each time that its "
+        f"programs wait for memory, with {assumed['resident_warps']} warps at a time on a multiprocessor "
+        "(assumed), and of the L2 cache's bandwidth the share of the multiprocessors that have a program. A "
+        "library's launches are taken to fill the device and to wait once. The last row of each step is what "
+        "it would take if nothing on its second stream had to wait for the first."
+    )
+    rows, with_latency = [], []
+    for result in rooflines:
+        models = result["model"].values()
+        for name, row in result["model"][COUNTED]["steps"].items():
+            title = f"{images(result)}: {emphasised(name)}"
+            counts = str(row["operators"]), f"{row['operands_gb']:.2f}", f"{row['moved_gb']:.2f}"
+            rows.append((title, *counts, *(f"{gpu['steps'][name]['ms']:.2f}" for gpu in models)))
+            times = ([(gpu["steps"][name][key]) for gpu in models] for key in ("latency_ms", "overlapped_ms"))
+            alone, beside = ([f"{value:.2f}" for value in some] for some in times)
+            with_latency.append((title, str(row["launches"]), *alone))
+            if name == "fastpix2pix":
+                with_latency.append((f"{title}, second stream", str(row["launches"]), *beside))
+    columns = [f"{name}, ms (model)" for name in gpus]
+    return [
+        paragraph(words),
+        table(("step", "operators", "GB operands", "GB moved", *columns), rows),
+        paragraph(latency),
+        table(("step, with latency", "launches", *columns), with_latency),
     ]
-    header = ("step", "operators", "GB", *(f"{name}, ms (model)" for name in gpus))
+
+
+def climb(result: Result) -> list[str]:
+    """What each measure brings on one GPU, by the model with latency."""
+    words = f"What each measure brings to a step of {images(result)}, by the model with latency:"
+    rows = [
+        (row["rung"], str(row["operators"]), f"{row['moved_gb']:.2f}", f"{row['ms']:.2f}")
+        for row in result["ladder"][COUNTED]
+    ]
+    header = (f"on an {COUNTED}", "operators", "GB moved", "ms (model)")
     return [paragraph(words), table(header, rows)]
 
 
@@ -154,10 +182,13 @@ def over_floor(result: Result) -> list[str]:
 def modelled(result: Result) -> str:
     """What a roofline says of one GPU, in a sentence."""
     steps = result["model"][COUNTED]["steps"]
-    plain, tuned, ours = (f"{steps[name]['ms']:.2f} ms" for name in (*PEERS, "fastpix2pix"))
+    plain, tuned, graphs, ours = (
+        f"{steps[name]['latency_ms']:.2f} ms" for name in (*PEERS, IN_GRAPHS, "fastpix2pix")
+    )
     return (
-        f"A model, not a measurement, puts a step of {images(result)} on an {COUNTED} at {ours}, plain "
-        f"PyTorch at {plain} and tuned PyTorch at {tuned}."
+        f"A model, not a measurement, with latency, puts a step of {images(result)} on an {COUNTED} at "
+        f"{ours} ({steps['fastpix2pix']['overlapped_ms']:.2f} ms if its second stream never has to wait), "
+        f"plain PyTorch at {plain}, tuned PyTorch at {tuned}, and that in CUDA graphs at {graphs}."
     )
 
 
@@ -184,6 +215,7 @@ def summary(all_results: list[Result]) -> str:
     parts = [table(header, rows)]
     if not on_gpu(of["comparison"]):
         parts.append(paragraph(" ".join([NOT_ON_GPU, *map(modelled, of["roofline"][:1])])))
+        parts += [part for result in of["roofline"][:1] for part in climb(result)]
     return "\n\n".join(parts)
 
 
@@ -201,6 +233,7 @@ def section(all_results: list[Result]) -> str:
     parts += [part for result in of["roofline"] if "measured" in result for part in over_floor(result)]
     if of["roofline"]:
         parts += model(of["roofline"])
+        parts += [part for result in of["roofline"] for part in climb(result)]
     parts += [part for result in of["suite"] for part in suite(result)]
     parts.append(f"![Milliseconds per step, measured and modelled]({PLOT.name})")
     return "\n\n".join(parts)
@@ -243,8 +276,9 @@ def ladders(all_results: list[Result]) -> list[tuple[str, list[tuple[str, float]
                 panels.append((f"measured: {images(result)}, {device['name']}", rungs))
             else:
                 for name, gpu in result["model"].items():
-                    rungs = [(who, row["ms"]) for who, row in gpu["steps"].items()]
-                    panels.append((f"model: {images(result)}, {name}", rungs))
+                    rungs = [(who, row["latency_ms"]) for who, row in gpu["steps"].items()]
+                    rungs.append(("fastpix2pix, second stream", gpu["steps"]["fastpix2pix"]["overlapped_ms"]))
+                    panels.append((f"model with latency: {images(result)}, {name}", rungs))
     return panels
 
 

@@ -11,15 +11,17 @@ allocated, because their results don't matter. The same rules hold for our step 
   ``foreach`` or fused operator is one operator.
 * ``moved``: what must cross the memory bus were nothing cached; a tensor that is updated in place counts
   twice. The roofline is made of these.
+* ``launches``: kernels. An operator counts as one, a convolution's backward pass as one for each gradient.
+  Of our own launches the grid is known too, and which of them the step sends to its second stream.
 
-What is not seen: copies between memory formats inside a cuDNN convolution, and several launches for one
-operator. Both favour the peers.
+What is not seen: copies between memory formats inside a cuDNN convolution, other operators' further launches,
+and what a launch reads again from a cache. All but the last favour the peers.
 """
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +32,9 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.peers import FUSED, PeerStep, Tuning
 from benchmarks.workload import Workload
-from fastpix2pix.kernels import launch
+from fastpix2pix.kernels import deep_conv, launch
 from fastpix2pix.models import build_networks
+from fastpix2pix.models.blocks import Block
 from fastpix2pix.training.precision import WORKING_TYPES
 from fastpix2pix.training.step import TrainStep
 
@@ -40,10 +43,11 @@ KINDS = ("convolution", "optimizer", "epilogue", "loss", "copy", "other")
 # Name of an operator or kernel up to its first match here decides its kind; optimizers are found by their
 # place in the source instead.
 _KIND_OF_NAME = {
-    "convolution": "convolution",
+    "conv": "convolution",
     "norm_act": "epilogue",
     "gan_loss": "loss",
     "tanh_l1": "loss",
+    "loss_row": "loss",
     "native_batch_norm": "epilogue",
     "leaky_relu": "epilogue",
     "relu": "epilogue",
@@ -65,14 +69,28 @@ _KIND_OF_NAME = {
 }
 
 
+class Grid(NamedTuple):
+    """programs: of one launch. warps: of one program. trips: see ``launch.Launch``."""
+
+    programs: int
+    warps: int
+    trips: int
+
+
 class Entry(NamedTuple):
-    """One operator or launch."""
+    """One operator or launch.
+
+    grid: of a launch of ours. aside: on the step's second stream.
+    """
 
     name: str
     kind: str
     operands: int
     moved: int
     flops: int
+    launches: int = 1
+    grid: Grid | None = None
+    aside: bool = False
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -113,18 +131,21 @@ class Trace(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.entries: list[Entry] = []
+        self.aside = False
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         with self, launch.observed(self._on_launch, run=False):
             yield
 
-    def _add(self, name: str, reads: list[Tensor], writes: list[Tensor], flops: int = 0) -> None:
-        self.entries.append(Entry(name, _kind(name), *_traffic(reads, writes), flops))
+    def _add(self, name: str, reads: list[Tensor], writes: list[Tensor], **details: Any) -> None:
+        details = {"flops": 0, "aside": self.aside, **details}
+        self.entries.append(Entry(name, _kind(name), *_traffic(reads, writes), **details))
 
     def _on_launch(self, made: launch.Launch) -> None:
         reads, writes = ([t for t in tensors if t is not None] for tensors in (made.reads, made.writes))
-        self._add(made.name, reads, writes)
+        grid = Grid(made.programs, made.options.get("num_warps", _USUAL_WARPS), made.trips)
+        self._add(made.name, reads, writes, grid=grid)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -139,17 +160,22 @@ class Trace(TorchDispatchMode):
             if alias is not None and alias.is_write and argument.name != _NOT_WRITTEN:
                 writes += [t for t in tree_leaves(value) if isinstance(t, Tensor)]
         if name.startswith(_WRITE_ONLY):
-            reads = reads[1:]
+            reads = [t for t in tree_leaves((args[1:], kwargs)) if isinstance(t, Tensor)]
         count = flop_registry.get(func.overloadpacket)
         flops = count(*args, **kwargs, out_val=result) if count else 0
-        self._add(name, reads, writes, flops)
+        launches = len(writes) if name == "convolution_backward" else 1
+        self._add(name, reads, writes, flops=flops, launches=launches)
         return result
+
+
+_USUAL_WARPS = 4
+"""Of a Triton program whose launch does not say."""
 
 
 _FREE = ("detach", "_local_scalar_dense", "_record_function")
 """Operators without work for the device."""
 
-_WRITE_ONLY = ("copy_", "fill_", "zero_")
+_WRITE_ONLY = ("copy_", "_foreach_copy_", "fill_", "zero_")
 """Operators whose first argument is written without being read."""
 
 _NOT_WRITTEN = "grads"
@@ -184,18 +210,58 @@ def _images(workload: Workload, dtype: torch.dtype) -> list[Tensor]:
     return [image.contiguous(memory_format=torch.channels_last).clone() for _ in range(2)]
 
 
-def trace_ours(workload: Workload, precision: str) -> list[Entry]:
-    """Our step in ``precision``, with the copies that bring a pair into the captured graph."""
+class Measures(NamedTuple):
+    """What a step can be traced without, to see what it brings."""
+
+    deep_convolutions: bool = True
+    fused_update: bool = True
+    split_masters: bool = True
+
+
+def trace_ours(workload: Workload, precision: str, measures: Measures | None = None) -> list[Entry]:
+    """Our step in ``precision``, with the copies that bring a pair into the captured graph.
+
+    As on a GPU from sm_80 on; without ``Measures`` as on an older one too.
+    """
+    measures = Measures() if measures is None else measures
     networks = build_networks(workload.network_options())
-    step = TrainStep(*networks, workload.step_options(precision))
+    # Where kernels are asked for, the optimizers lay out masters as on a GPU.
+    with launch.observed(lambda _: None, run=False) if measures.split_masters else nullcontext():
+        step = TrainStep(*networks, workload.step_options(precision))
+    if not measures.fused_update:
+        for block in step.generator.modules():
+            if isinstance(block, Block):
+                block.take_gradient = None
     dtype = WORKING_TYPES[precision]
     slots, images = _images(workload, dtype), _images(workload, dtype)
     trace = Trace()
-    with trace():
-        for slot, image in zip(slots, images, strict=True):
-            slot.copy_(image)
+    if (side := getattr(step, "side", None)) is not None:
+        side.fork = _marked(trace, side.fork)
+    with _set(deep_conv, "offered", measures.deep_convolutions), trace():
+        torch._foreach_copy_(slots, images)
         step.body(*slots)
     return trace.entries
+
+
+def _marked(trace: Trace, fork: Callable) -> Callable:
+    """``SideStream.fork`` whose work the trace sees as that of the second stream."""
+
+    def fork_traced(work: Callable[[], None], uses: Iterable[Tensor]) -> None:
+        trace.aside = True
+        fork(work, uses)
+        trace.aside = False
+
+    return fork_traced
+
+
+@contextmanager
+def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name, None)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def trace_peer(workload: Workload, tuning: Tuning) -> list[Entry]:
@@ -221,11 +287,12 @@ def trace_all(preset: str, batch_size: int = 1) -> dict[str, list[Entry]]:
 
 
 def summary(entries: list[Entry]) -> dict[str, dict[str, float]]:
-    """Operators, GB of operands, GB moved and GFLOP, by kind and in total."""
+    """Operators, launches, GB of operands, GB moved and GFLOP, by kind and in total."""
     rows = {kind: [entry for entry in entries if entry.kind == kind] for kind in KINDS}
     return {
         kind: {
             "operators": len(some),
+            "launches": sum(entry.launches for entry in some),
             "operands_gb": sum(entry.operands for entry in some) / 1e9,
             "moved_gb": sum(entry.moved for entry in some) / 1e9,
             "gflop": sum(entry.flops for entry in some) / 1e9,
@@ -246,10 +313,10 @@ def largest(entries: list[Entry], count: int = 12) -> list[tuple[str, str, int, 
 def main() -> None:
     for preset in ("tutorial", "junyanz"):
         for name, entries in trace_all(preset).items():
-            print(f"\n{preset}, {name}: {'':14} operators  operands GB  moved GB    GFLOP")
+            print(f"\n{preset}, {name}: {'':14} operators  launches  operands GB  moved GB    GFLOP")
             for kind, row in summary(entries).items():
                 print(
-                    f"  {kind:40} {row['operators']:10} {row['operands_gb']:12.3f} "
+                    f"  {kind:40} {row['operators']:10} {row['launches']:9} {row['operands_gb']:12.3f} "
                     f"{row['moved_gb']:9.3f} {row['gflop']:8.1f}"
                 )
 

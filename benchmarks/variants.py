@@ -39,7 +39,9 @@ class StepVariant:
 
 
 def all_variants(device: torch.device, *, compiled: bool = False) -> list[StepVariant]:
-    """All that make sense on ``device``, slowest first as one expects it."""
+    """All that make sense on ``device``, slowest first as one expects it; with ``compiled`` the tuned peer is
+    compiled, too.
+    """
     best = tuned(device)
     peers = [
         StepVariant("plain PyTorch", "eager", PLAIN),
@@ -48,9 +50,11 @@ def all_variants(device: torch.device, *, compiled: bool = False) -> list[StepVa
     if best.autocast is not None:
         both = Tuning(channels_last=True, adam=FUSED)
         peers.append(StepVariant("fused-Adam PyTorch", "+ fused Adam", both))
-    peers.append(StepVariant("tuned PyTorch", "+ 16-bit autocast" if best.autocast else "+ fused Adam", best))
+    rung = "+ 16-bit autocast" if best.autocast else "+ fused Adam"
     if compiled:
-        peers.append(StepVariant("compiled PyTorch", "+ torch.compile", replace(best, compiled=True)))
+        peers.append(StepVariant("eager tuned PyTorch", rung, best))
+        rung, best = "+ torch.compile, max-autotune with CUDA graphs", replace(best, compiled=True)
+    peers.append(StepVariant("tuned PyTorch", rung, best))
     return peers + our_variants(device)
 
 

@@ -15,7 +15,7 @@ from fastpix2pix.models.discriminator import min_size
 from fastpix2pix.models.generator import size_multiple
 from fastpix2pix.models.options import GeneratorName, InitType, NetworkOptions, Norm
 from fastpix2pix.presets import Preset, PresetName, find_preset
-from fastpix2pix.training.options import GanMode, Precision, StepOptions
+from fastpix2pix.training.options import DeepConv, GanMode, Precision, StepOptions
 
 Part = TypeVar("Part", NetworkOptions, StepOptions)
 
@@ -131,6 +131,9 @@ class TrainConfig:
     GPUs from sm_80 on, fp16 with dynamic loss scaling on older ones, on a CPU bf16 with AMX, else fp32."""
     no_graph: bool = False
     """Do not capture the step in a CUDA graph."""
+    deep_conv: DeepConv = StepOptions.deep_conv
+    """Convolutions of the deep layers on a GPU: our Triton kernels, the library's, or (auto) for each product
+    the one that is measured to be faster."""
     seed: int = NetworkOptions.seed
     """Of the weights, of the order, crops and flips, and of dropout."""
     loader: Literal["auto", "dali", "portable"] = LoaderOptions.loader

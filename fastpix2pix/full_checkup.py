@@ -37,7 +37,7 @@ PROGRAMS = (
     Program("GPU tests", ("-m", "pytest", "-m", "gpu", "tests", "-q", "-rfE", "--no-header"), 240, "tests"),
     Program(
         "step against its peers",
-        ("-m", "benchmarks.compare", "--rounds", "5", "--output", "{json}"),
+        ("-m", "benchmarks.compare", "--eager", "--rounds", "5", "--output", "{json}"),
         200,
         "benchmarks",
     ),

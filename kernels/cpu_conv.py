@@ -22,8 +22,9 @@ are convolved in float32 and rounded once. Everything else (GPU tensors, other k
 convolution.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -399,22 +400,40 @@ def conv_transpose2d_backward(
     dy: Tensor, kept: ConvContext, *, needs_x: bool = True, needs_weight: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and weight from the output's; None for those that are not needed."""
-    if dy.dtype != kept.weight.dtype:
-        gradients = conv_transpose2d_backward(
-            dy.to(kept.weight.dtype), kept, needs_x=needs_x, needs_weight=needs_weight
-        )
-        return tuple(None if gradient is None else gradient.to(dy.dtype) for gradient in gradients)
+    gradients = conv_gradients(dy, kept, transposed=True)
+    return gradients.x() if needs_x else None, gradients.weight() if needs_weight else None
+
+
+class ConvGradients(NamedTuple):
+    """The gradients of a convolution's input and weight, each computed when it is called for."""
+
+    x: Callable[[], Tensor]
+    weight: Callable[[], Tensor]
+
+
+def conv_gradients(dy: Tensor, kept: ConvContext, *, transposed: bool) -> ConvGradients:
+    """Of ``conv2d_forward``, or of ``conv_transpose2d_forward``; what both need is computed at once."""
+    dtype, dy = dy.dtype, dy.to(kept.weight.dtype)
     if kept.tiling is None:
-        needs = [needs_x, needs_weight, False]
-        return _library_backward(dy, kept.x, kept.weight, kept.stride, needs, transposed=True)[:2]
-    tiling, grid = kept.tiling, kept.tiling.grid(*kept.size)
-    big = tiling.big_matrices(dy, grid)
-    dx = dweight = None
-    if needs_x:
-        dx = tiling.small_image(_small(big, kept.weight), dy.shape[0], kept.size, grid)
-    if needs_weight:
-        dweight = tiling.weight_gradient(_weight(kept.x, big))
-    return dx, dweight
+        backward = partial(_library_backward, dy, kept.x, kept.weight, kept.stride, transposed=transposed)
+        return ConvGradients(
+            lambda: backward([True, False, False])[0].to(dtype),
+            lambda: backward([False, True, False])[1].to(dtype),
+        )
+    tiling, weight = kept.tiling, kept.weight
+    grid = tiling.grid(*(kept.size if transposed else dy.shape[2:]))
+    n, size = dy.shape[0], kept.size
+    if transposed:
+        big = tiling.big_matrices(dy, grid)
+        return ConvGradients(
+            lambda: tiling.small_image(_small(big, weight), n, size, grid).to(dtype),
+            lambda: tiling.weight_gradient(_weight(kept.x, big)).to(dtype),
+        )
+    small = tiling.small_matrices(dy, grid)
+    return ConvGradients(
+        lambda: tiling.big_image(_big(small, weight), n, size, grid).to(dtype),
+        lambda: tiling.weight_gradient(_weight(small, kept.x)).to(dtype),
+    )
 
 
 def _library_backward(

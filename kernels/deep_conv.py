@@ -11,23 +11,36 @@ The backward pass computes the input gradient first. Then nothing reads the weig
 may be taken by somebody who updates the weight at once (``TakeGradient``).
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastpix2pix.kernels import reference
 from fastpix2pix.kernels.cpu_conv import (
     TRANSPOSED_STRIDE,
     ConvContext,
-    conv2d_backward,
+    ConvGradients,
     conv2d_forward,
-    conv_transpose2d_backward,
+    conv_gradients,
     conv_transpose2d_forward,
 )
+from fastpix2pix.kernels.deep_conv_kernels import (
+    Math,
+    deep_conv_add,
+    deep_conv_to_big,
+    deep_conv_to_small,
+    deep_conv_to_weight,
+)
+from fastpix2pix.kernels.images import as_pixels, image_pointer
+from fastpix2pix.kernels.language import INTERPRETING, ImagePointer, tl
+from fastpix2pix.kernels.launch import launch, use_triton
 from fastpix2pix.kernels.norm_act import norm_act_backward, norm_act_forward
 from fastpix2pix.kernels.reference import NormActConfig
+from fastpix2pix.kernels.tiles import FEW_PIXELS, cdiv, next_power_of_2
 
 MAX_PIXELS = 256
 """The most pixels of a deep layer's small image, the whole batch together."""
@@ -39,6 +52,336 @@ TakeGradient = Callable[[Tensor, Tensor], bool]
 """Called in a backward pass with (small, big): the two images of which the weight gradient is a product, one
 of them a gradient. True: taken, the weight is updated by whoever was called, and autograd gets no gradient.
 False: the gradient is computed and returned as usual."""
+
+Product = Literal["small", "big", "weight"]
+
+
+class Problem(NamedTuple):
+    """One product of one layer: all that decides how fast it is computed.
+
+    height, width: of the small image.
+    """
+
+    product: Product
+    n: int
+    height: int
+    width: int
+    small_channels: int
+    big_channels: int
+    dtype: torch.dtype
+
+    @property
+    def pixels(self) -> int:
+        """Of the small image, the whole batch together."""
+        return self.n * self.height * self.width
+
+    @property
+    def taps(self) -> tuple[int, int]:
+        """Rows and columns of the kernel that meet more than padding."""
+        return 2 if self.height == 1 else 4, 2 if self.width == 1 else 4
+
+
+offered = True
+"""Whether the kernels are used at all; turned off where a GPU's tensor cores are not reached (before sm_80)
+or the user wants the library's convolutions."""
+
+chosen: Mapping[Problem, bool] = {}
+"""On a GPU, whether a problem is solved by our kernels (else by the library), as found before the first step
+(``training.deep_choice``). What is not there is the library's: nothing gets slower unmeasured."""
+
+
+# ---------------------------------------------------------------------------------------- block sizes
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """The block of a product that a program computes, in registers.
+
+    channels, pixels: its sides; of the weight gradient, the channels of the small and of the big image.
+    depth: terms of the sum that are loaded at a time. num_stages: such loads that are under way at a time.
+    """
+
+    channels: int
+    pixels: int
+    depth: int
+    num_stages: int
+    num_warps: int = 4
+
+
+ROW_BYTES = 64
+"""Bytes of a row of the weight that a program loads at a time: two sectors. The next load takes the next two,
+and several are under way, so pages of memory are read whole."""
+
+LEAST_SIDE = 16
+"""The shortest side of a tile that tensor cores are used for."""
+
+
+def choose_product_tile(pixels: int, itemsize: int) -> ProductTile:
+    """The weight's channels by all pixels, as far as registers hold them.
+
+    In 16 bit 64 channels, the rows of one instruction of Hopper's and Blackwell's tensor cores, which so
+    serve however few the pixels are. The weight streams through shared memory: with few pixels the registers
+    (at most 80) leave room for many programs and the stages keep 25 kB of each one under way; with more, the
+    sums take the registers (at most 128), a program has more arithmetic for each byte, and fewer stages will
+    do.
+
+    In fp32 32 channels: Hopper's instruction takes such factors in one order only, and to turn them costs the
+    weight its full vectors. Four warps, as in loops over taps and channels at once eight have computed wrong
+    results (pytorch issue 173068).
+    """
+    side = min(max(next_power_of_2(pixels), LEAST_SIDE), 64 if itemsize == 2 else 32)
+    channels = 64 if itemsize == 2 else 32
+    return ProductTile(channels, side, ROW_BYTES // itemsize, {16: 6, 32: 4, 64: 3}[side])
+
+
+def choose_weight_tile(pixels: int, itemsize: int) -> ProductTile:
+    """Of the weight gradient: few pixels make short sums, so what counts is to store full vectors by many
+    programs; with many pixels a square tile reads each image less often."""
+    if itemsize > 2:
+        return ProductTile(32, 32, 16, 3)
+    return ProductTile(64, 32, 16, 3) if pixels <= 64 else ProductTile(64, 64, 32, 3)
+
+
+# A model of time, to choose between more programs and fewer partial sums; its constants are an H100's.
+BYTES_PER_US = 2.85e6
+"""Memory bandwidth (85 % of 3.35 TB/s)."""
+PROGRAM_BYTES_PER_US = 32e3
+"""What one program draws with 25 kB under way and 0.8 us from asking to having (assumed)."""
+LAUNCH_US = 2.0
+"""Of one more node of a captured graph (assumed)."""
+SPLITS = (1, 2, 4, 8, 16, 32)
+"""Into how many partial sums a sum may be split."""
+
+
+def choose_splits(
+    tiles: int, blocks: int, weight_bytes: int, result_values: int, *, summed_by_next: bool
+) -> int:
+    """How many programs share the sum of one tile.
+
+    tiles: programs without a split. blocks: of the sum (``ProductTile.depth`` terms each). weight_bytes: read
+    in all. result_values: of the image that comes out. summed_by_next: whether the next op, which there is
+    anyway, adds the partial sums up.
+    """
+
+    def microseconds(splits: int) -> float:
+        rate = min(BYTES_PER_US, tiles * splits * PROGRAM_BYTES_PER_US)
+        partial_bytes = 0 if splits == 1 else splits * result_values * 4
+        extra = 0.0 if splits == 1 or summed_by_next else LAUNCH_US
+        return (weight_bytes + partial_bytes) / rate + partial_bytes / BYTES_PER_US + extra
+
+    return min((splits for splits in SPLITS if splits <= blocks), key=microseconds)
+
+
+ADD_BLOCK = 512
+"""Values of one program that adds up partial sums: one vector of fp32 a thread, so that even a 4x4 image of
+512 channels has 16 programs."""
+
+
+# ------------------------------------------------------------------------------------------- launching
+
+
+def float32_convolutions_use_tf32() -> bool:
+    """What this process has set for float32 convolutions on a GPU, through whichever interface."""
+    if has_fp32_precision():
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return torch.backends.cudnn.allow_tf32
+
+
+def has_fp32_precision() -> bool:
+    """Whether this PyTorch has the newer interface to tf32 (2.9 and later)."""
+    return hasattr(torch.backends.cudnn, "conv")
+
+
+def _math(dtype: torch.dtype) -> Math:
+    operand = tl.float32 if INTERPRETING else getattr(tl, str(dtype).removeprefix("torch."))
+    return Math(operand, "tf32" if float32_convolutions_use_tf32() else "ieee")
+
+
+def problem_of(product: Product, small: torch.Size, big_channels: int, dtype: torch.dtype) -> Problem:
+    """small: shape of the small image."""
+    n, small_channels, height, width = small
+    return Problem(product, n, height, width, small_channels, big_channels, dtype)
+
+
+def _small_shape(big: Tensor, small_channels: int) -> torch.Size:
+    n, _, height, width = big.shape
+    return torch.Size((n, small_channels, height // 2, width // 2))
+
+
+def fits(problem: Problem) -> bool:
+    """Whether the kernels take a problem: its type, and weights that move in full vectors."""
+    types = (torch.bfloat16, torch.float16, torch.float32)
+    return problem.dtype in types and problem.big_channels % 16 == 0
+
+
+def solved_here(problem: Problem, x: Tensor) -> bool:
+    """Whether our kernels solve ``problem`` for images where ``x`` is (else the library does)."""
+    if not (offered and use_triton(x) and fits(problem)):
+        return False
+    return chosen.get(problem, False) if x.is_cuda else True
+
+
+class Sums(NamedTuple):
+    """A product's result. image: channels-last memory. partials: float32 (splits, pixels, channels) that are
+    still to be added up into ``image``, pixels in the order N, H, W; None where ``image`` is complete.
+    """
+
+    image: Tensor
+    partials: Tensor | None
+
+
+def _result(problem: Problem, like: Tensor, splits: int) -> tuple[Sums, ImagePointer]:
+    """Memory for a product's result, and where the kernel writes."""
+    if problem.product == "small":
+        shape = problem.n, problem.small_channels, problem.height, problem.width
+    else:
+        shape = problem.n, problem.big_channels, 2 * problem.height, 2 * problem.width
+    image = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    if splits == 1:
+        return Sums(image, None), ImagePointer(image, shape[1])
+    pixels = image.numel() // shape[1]
+    partials = torch.empty((splits, pixels, shape[1]), dtype=torch.float32, device=like.device)
+    return Sums(image, partials), ImagePointer(partials, shape[1])
+
+
+def _met(weight: Tensor, taps: tuple[int, int]) -> Tensor:
+    """The part of the weight that is read."""
+    rows, columns = (slice((4 - count) // 2, (4 + count) // 2) for count in taps)
+    return weight[:, :, rows, columns]
+
+
+def _multiply(problem: Problem, x: Tensor, weight: Tensor, summed_by_next: bool) -> Sums:
+    """``small = big * weight`` or ``big = small * weight``, by one launch."""
+    to_small = problem.product == "small"
+    x = as_pixels(x)
+    tile = choose_product_tile(problem.pixels, x.element_size())
+    pixel_tiles, read = cdiv(problem.pixels, tile.pixels), _met(weight, problem.taps)
+    rows, columns = problem.taps
+    if to_small:
+        programs = cdiv(problem.small_channels, tile.channels)
+        blocks, values = rows * columns * cdiv(problem.big_channels, tile.depth), problem.small_channels
+    else:
+        programs = 4 * cdiv(problem.big_channels, tile.channels)
+        blocks = rows * columns // 4 * cdiv(problem.small_channels, tile.depth)
+        values = 4 * problem.big_channels
+    splits = choose_splits(
+        pixel_tiles * programs,
+        blocks,
+        read.numel() * read.element_size(),
+        problem.pixels * values,
+        summed_by_next=summed_by_next,
+    )
+    sums, out = _result(problem, x, splits)
+    launch(
+        deep_conv_to_small if to_small else deep_conv_to_big,
+        (pixel_tiles, programs, splits),
+        image_pointer(x),
+        weight,
+        out,
+        problem.pixels,
+        problem.height,
+        problem.width,
+        problem.small_channels,
+        problem.big_channels,
+        TAPS=problem.taps,
+        TILE=tile,
+        MATH=_math(x.dtype),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        reads=(x, read),
+        writes=(out.pointer,),
+    )
+    return sums
+
+
+def add_up(sums: Sums) -> Tensor:
+    """The complete image, by a launch where partial sums are left."""
+    image, partials = sums
+    if partials is None:
+        return image
+    launch(
+        deep_conv_add,
+        (cdiv(image.numel(), ADD_BLOCK),),
+        partials,
+        image,
+        image.numel(),
+        SPLITS=partials.shape[0],
+        BLOCK=ADD_BLOCK,
+        num_warps=4,
+        reads=(partials,),
+        writes=(image,),
+    )
+    return image
+
+
+def _weight_gradient(problem: Problem, small: Tensor, big: Tensor) -> Tensor:
+    small, big = as_pixels(small), as_pixels(big)
+    tile = choose_weight_tile(problem.pixels, small.element_size())
+    dweight = torch.empty(
+        (problem.small_channels, problem.big_channels, 4, 4),
+        dtype=small.dtype,
+        device=small.device,
+        memory_format=torch.channels_last,
+    )
+    grid = (
+        cdiv(problem.big_channels, tile.pixels),
+        16,
+        cdiv(problem.small_channels, tile.channels),
+    )
+    launch(
+        deep_conv_to_weight,
+        grid,
+        image_pointer(small),
+        image_pointer(big),
+        dweight,
+        problem.pixels,
+        problem.height,
+        problem.width,
+        problem.small_channels,
+        problem.big_channels,
+        TILE=tile,
+        MATH=_math(small.dtype),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        reads=(small, big),
+        writes=(dweight,),
+    )
+    return dweight
+
+
+def solve(problem: Problem, first: Tensor, second: Tensor) -> Tensor:
+    """One product by our kernels, whatever is chosen. first, second: the big image and the weight, the small
+    image and the weight, or, for the weight gradient, the small image and the big one."""
+    if problem.product == "weight":
+        return _weight_gradient(problem, first, second)
+    return add_up(_multiply(problem, first, second, summed_by_next=False))
+
+
+def deep_conv_small(big: Tensor, weight: Tensor) -> Tensor:
+    """``reference.deep_conv_small``, by kernels on a GPU."""
+    problem = problem_of("small", _small_shape(big, weight.shape[0]), weight.shape[1], big.dtype)
+    if not (use_triton(big) and fits(problem)):
+        return reference.deep_conv_small(big, weight)
+    return solve(problem, big, weight)
+
+
+def deep_conv_big(small: Tensor, weight: Tensor) -> Tensor:
+    """``reference.deep_conv_big``, by kernels on a GPU."""
+    problem = problem_of("big", small.shape, weight.shape[1], small.dtype)
+    if not (use_triton(small) and fits(problem)):
+        return reference.deep_conv_big(small, weight)
+    return solve(problem, small, weight)
+
+
+def deep_conv_weight(small: Tensor, big: Tensor) -> Tensor:
+    """``reference.deep_conv_weight``, by a kernel on a GPU."""
+    problem = problem_of("weight", small.shape, big.shape[1], small.dtype)
+    if not (use_triton(small) and fits(problem)):
+        return reference.deep_conv_weight(small, big)
+    return solve(problem, small, big)
+
+
+# ---------------------------------------------------------------------------------- forward and backward
 
 
 def is_deep(x: Tensor, weight: Tensor, *, transposed: bool) -> bool:
@@ -61,7 +404,8 @@ def is_deep(x: Tensor, weight: Tensor, *, transposed: bool) -> bool:
 class DeepContext(NamedTuple):
     """State of a deep convolution saved for backward.
 
-    transposed: whether x is the small image. x: the input. kept: state of the library's convolution.
+    transposed: whether x is the small image. x: the input. kept: what the library's convolution saved; it
+    holds the weight too, as it is or in another form.
     """
 
     transposed: bool
@@ -69,13 +413,28 @@ class DeepContext(NamedTuple):
     kept: ConvContext
 
 
-def forward(x: Tensor, weight: Tensor, *, transposed: bool) -> tuple[Tensor, DeepContext]:
-    """The convolution's output and its state for ``backward``. Not differentiable by itself."""
-    if transposed:
+def forward(
+    x: Tensor, weight: Tensor, *, transposed: bool, summed_by_next: bool = False
+) -> tuple[Sums, DeepContext]:
+    """The convolution's output and its state for ``backward``. Not differentiable by itself.
+
+    summed_by_next: whether the next op adds partial sums up; else there are none.
+    """
+    small = x.shape if transposed else _small_shape(x, weight.shape[0])
+    problem = problem_of("big" if transposed else "small", small, weight.shape[1], x.dtype)
+    if solved_here(problem, x):
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        sums = _multiply(problem, x, weight, summed_by_next)
+        if not summed_by_next:
+            sums = Sums(add_up(sums), None)
+        kept = ConvContext(TRANSPOSED_STRIDE, None, tuple(x.shape[2:]), x, weight)
+    elif transposed:
         y, kept = conv_transpose2d_forward(x, weight)
+        sums = Sums(y, None)
     else:
         y, kept = conv2d_forward(x, weight, None, TRANSPOSED_STRIDE)
-    return y, DeepContext(transposed, x, kept)
+        sums = Sums(y, None)
+    return sums, DeepContext(transposed, x, kept)
 
 
 def backward(
@@ -85,20 +444,36 @@ def backward(
     *,
     needs_x: bool,
     needs_weight: bool,
+    before: "Passage | None" = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and weight, in this order; None for one that is not needed or that was taken."""
-    dx = _library_backward(dy, state, needs_x=True) if needs_x else None
+    """Gradients of x and weight, in this order; None for one that is not needed or that was taken.
+
+    before: where x's gradient may be left in part.
+    """
     small, big = (state.x, dy) if state.transposed else (dy, state.x)
+    problem = problem_of("small" if state.transposed else "big", small.shape, big.shape[1], dy.dtype)
+    # Where the library went forward on the CPU, it kept the weight in another form.
+    ours = state.kept.tiling is None and solved_here(problem, dy)
+    library: ConvGradients | None = None
+    dx = None
+    if needs_x and ours:
+        dx = _input_gradient(problem, dy, state.kept.weight, before)
+    elif needs_x:
+        library = conv_gradients(dy, state.kept, transposed=state.transposed)
+        dx = library.x()
     if not needs_weight or (take_gradient is not None and take_gradient(small, big)):
         return dx, None
-    return dx, _library_backward(dy, state, needs_x=False)
+    problem = problem._replace(product="weight")
+    if solved_here(problem, dy):
+        return dx, solve(problem, small, big)
+    library = library or conv_gradients(dy, state.kept, transposed=state.transposed)
+    return dx, library.weight()
 
 
-def _library_backward(dy: Tensor, state: DeepContext, *, needs_x: bool) -> Tensor:
-    """The gradient of x, or that of the weight."""
-    differentiate = conv_transpose2d_backward if state.transposed else conv2d_backward
-    dx, dweight, *_ = differentiate(dy, state.kept, needs_x=needs_x, needs_weight=not needs_x)
-    return dx if needs_x else dweight
+def _input_gradient(problem: Problem, dy: Tensor, weight: Tensor, before: "Passage | None") -> Tensor:
+    if before is None or torch.is_anomaly_enabled():  # which looks for NaN in every gradient
+        return solve(problem, dy, weight)
+    return before.leave(_multiply(problem, dy, weight, summed_by_next=True))
 
 
 def _save(ctx, state: DeepContext, *others: Tensor | None) -> None:
@@ -111,13 +486,44 @@ def _saved(ctx) -> tuple[DeepContext, tuple[Tensor | None, ...]]:
     return DeepContext(ctx.transposed, x, ConvContext(*ctx.kept, kept_x, kept_weight)), tuple(others)
 
 
+class Passage:
+    """Where a deep layer leaves its input's gradient as partial sums, for the layer before, whose backward
+    pass adds them up where it needs the values: a launch less.
+
+    Only for an output that nothing but the next deep layer reads. To autograd the gradient is an image whose
+    memory nobody has written.
+    """
+
+    def __init__(self) -> None:
+        self._left: Sums | None = None
+
+    def leave(self, sums: Sums) -> Tensor:
+        """The image to return to autograd."""
+        self._left = None if sums.partials is None else sums
+        return sums.image
+
+    def partials_of(self, dy: Tensor | None) -> Tensor | None:
+        """What was left for ``dy``, once; None where it is complete. RuntimeError if it is another tensor."""
+        left, self._left = self._left, None
+        if left is None:
+            return None
+        if dy is None or dy.untyped_storage()._cdata != left.image.untyped_storage()._cdata:
+            raise RuntimeError("the output between two deep layers has another reader than the second layer")
+        return left.partials
+
+
+def _out_pixels(x: Tensor, transposed: bool) -> int:
+    n, _, h, w = x.shape
+    return 4 * n * h * w if transposed else n * h * w // 4
+
+
 class _DeepConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, transposed, take_gradient):
-        y, state = forward(x, weight, transposed=transposed)
+        sums, state = forward(x, weight, transposed=transposed)
         _save(ctx, state)
         ctx.take_gradient = take_gradient
-        return y
+        return sums.image
 
     @staticmethod
     @once_differentiable
@@ -129,11 +535,27 @@ class _DeepConv(torch.autograd.Function):
 
 class _DeepConvNormAct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, conv_weight, weight, bias, running, rng, config, slots, transposed, take_gradient):
-        pre, state = forward(x, conv_weight, transposed=transposed)
-        y, skip, mean, rstd = norm_act_forward(pre, weight, bias, *running, rng, config, *slots)
+    def forward(
+        ctx,
+        x,
+        conv_weight,
+        weight,
+        bias,
+        running,
+        rng,
+        config,
+        slots,
+        transposed,
+        take_gradient,
+        passages,
+    ):
+        whole = config.norm and config.training and _out_pixels(x, transposed) <= FEW_PIXELS
+        (pre, partials), state = forward(x, conv_weight, transposed=transposed, summed_by_next=whole)
+        y, skip, mean, rstd = norm_act_forward(
+            pre, weight, bias, *running, rng, config, *slots, partials=partials
+        )
         _save(ctx, state, pre, weight, bias, mean, rstd)
-        ctx.rng, ctx.config, ctx.take_gradient = rng, config, take_gradient
+        ctx.rng, ctx.config, ctx.take_gradient, ctx.passages = rng, config, take_gradient, passages
         ctx.set_materialize_grads(False)
         # Detached: a result in memory handed in as a view must not join that view's autograd history.
         return (y.detach(), skip.detach()) if skip is not None else y.detach()
@@ -142,10 +564,17 @@ class _DeepConvNormAct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dskip=None):
         needs_x, needs_weight, *needs_affine = ctx.needs_input_grad[:4]
-        state, saved = _saved(ctx)
-        dpre, dweight, dbias = norm_act_backward(dy, dskip, *saved, ctx.rng, ctx.config, any(needs_affine))
-        gradients = backward(dpre, state, ctx.take_gradient, needs_x=needs_x, needs_weight=needs_weight)
-        return *gradients, dweight, dbias, None, None, None, None, None, None
+        (before, after), (state, saved) = ctx.passages, _saved(ctx)
+        dy_partials = None if after is None else after.partials_of(dy)
+        if dy_partials is not None:
+            dy = None
+        dpre, dweight, dbias = norm_act_backward(
+            dy, dskip, *saved, ctx.rng, ctx.config, any(needs_affine), dy_partials=dy_partials
+        )
+        gradients = backward(
+            dpre, state, ctx.take_gradient, needs_x=needs_x, needs_weight=needs_weight, before=before
+        )
+        return *gradients, dweight, dbias, *[None] * 7
 
 
 def conv2d(x: Tensor, weight: Tensor, take_gradient: TakeGradient | None = None) -> Tensor:
@@ -179,10 +608,13 @@ def conv_norm_act(
     out: Tensor | None = None,
     skip_out: Tensor | None = None,
     take_gradient: TakeGradient | None = None,
+    before: Passage | None = None,
+    after: Passage | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``norm_act`` of ``conv2d``, or with ``transposed`` of ``conv_transpose2d``, as one differentiable op.
 
-    weight, bias and what follows: as for ``norm_act``.
+    weight, bias and what follows: as for ``norm_act``. before, after: the passages from the deep layer that x
+    comes from, and to the one that y goes to, where nothing else reads it.
     """
     return _DeepConvNormAct.apply(
         x,
@@ -195,4 +627,5 @@ def conv_norm_act(
         (out, skip_out),
         transposed,
         take_gradient,
+        (before, after),
     )

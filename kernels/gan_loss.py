@@ -9,6 +9,7 @@ from fastpix2pix.kernels import reference
 from fastpix2pix.kernels.gan_loss_kernels import gan_loss_both, gan_loss_target
 from fastpix2pix.kernels.launch import DTYPES, launch, use_triton
 from fastpix2pix.kernels.reference import GanLoss, check_gan_mode, check_halves, compute_dtype
+from fastpix2pix.kernels.tiles import cdiv
 
 BLOCK = 1024
 """Logits that the one program holds at a time: at least a 30x30 map, so a batch of one takes a single pass.
@@ -25,12 +26,13 @@ def gan_loss(
     mode: str = "vanilla",
     real_first: bool = True,
     disc_factor: float = 1.0,
+    bias: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> GanLoss:
     """``reference.gan_loss``, in one launch on a GPU."""
     if not use_triton(logits):
         return reference.gan_loss(
-            logits, mode=mode, real_first=real_first, disc_factor=disc_factor, scale=scale
+            logits, mode=mode, real_first=real_first, disc_factor=disc_factor, bias=bias, scale=scale
         )
     check_gan_mode(mode)
     check_halves(logits)
@@ -38,30 +40,39 @@ def gan_loss(
     losses = torch.empty(4, dtype=compute_dtype(logits.dtype), device=logits.device)
     disc_grad = torch.empty_like(logits)
     gen_grad = torch.empty_like(logits[: len(logits) // 2])
+    bias_grad = None if bias is None else torch.empty_like(bias)
     launch(
         gan_loss_both,
         (1,),
         logits,
+        bias,
         losses,
         disc_grad,
         gen_grad,
+        bias_grad,
         scale,
         gen_grad.numel(),
         DISC_FACTOR=disc_factor,
         **_constants(logits, mode),
         REAL_FIRST=real_first,
-        reads=(logits, scale),
-        writes=(losses, disc_grad, gen_grad),
+        reads=(logits, bias, scale),
+        writes=(losses, disc_grad, gen_grad, bias_grad),
+        trips=cdiv(gen_grad.numel(), BLOCK),
     )
-    return GanLoss(losses, disc_grad, gen_grad)
+    return GanLoss(losses, disc_grad, gen_grad, bias_grad)
 
 
 def gan_target_loss(
-    logits: Tensor, real: bool, *, mode: str = "vanilla", scale: Tensor | None = None
+    logits: Tensor,
+    real: bool,
+    *,
+    mode: str = "vanilla",
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``reference.gan_target_loss``, in one launch on a GPU."""
     if not use_triton(logits):
-        return reference.gan_target_loss(logits, real, mode=mode, scale=scale)
+        return reference.gan_target_loss(logits, real, mode=mode, bias=bias, scale=scale)
     check_gan_mode(mode)
     logits = logits.contiguous()
     loss = torch.empty((), dtype=compute_dtype(logits.dtype), device=logits.device)
@@ -70,14 +81,16 @@ def gan_target_loss(
         gan_loss_target,
         (1,),
         logits,
+        bias,
         loss,
         gradient,
         scale,
         logits.numel(),
         REAL=real,
         **_constants(logits, mode),
-        reads=(logits, scale),
+        reads=(logits, bias, scale),
         writes=(loss, gradient),
+        trips=cdiv(logits.numel(), BLOCK),
     )
     return loss, gradient
 

@@ -5,6 +5,8 @@ Arguments:
 * logits, disc_grad: pointers to (2 * half,), the logits of both halves of the batch and the discriminator's
   gradient, in the storage type; gen_grad: pointer to (half,), the generator's gradient for the fake half. In
   ``gan_loss_target``, logits and gradient: pointers to (count,), one set of logits and its gradient.
+* bias: pointer to a scalar that is added to the logits, or None. bias_grad: pointer to its gradient, that of
+  the discriminator's loss, or None.
 * losses, loss: pointers to the results, in the type that is computed in.
 * scale: pointer to the loss scale, a float32 scalar, or None.
 
@@ -48,11 +50,19 @@ def _load_scale(scale, count, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _load_logits(logits, bias, at, inside, DTYPE: tl.constexpr):
+    x = tl.load(logits + at, mask=inside, other=0.0).to(DTYPE)
+    return x if bias is None else x + tl.load(bias).to(DTYPE)
+
+
+@triton.jit
 def gan_loss_both(
     logits,
+    bias,
     losses,
     disc_grad,
     gen_grad,
+    bias_grad,
     scale,
     half,
     DISC_FACTOR: tl.constexpr,
@@ -63,8 +73,8 @@ def gan_loss_both(
 ):
     """Both players' losses and gradients.
 
-    Reads logits and scale; writes disc_grad, gen_grad and, into losses, the discriminator's loss, the
-    generator's, and the discriminator's terms for real and fake.
+    Reads logits, bias and scale; writes disc_grad, gen_grad, bias_grad and, into losses, the discriminator's
+    loss, the generator's, and the discriminator's terms for real and fake.
     """
     real_start = 0 if REAL_FIRST else half
     fake_start = half if REAL_FIRST else 0
@@ -73,17 +83,19 @@ def gan_loss_both(
     real_sum = tl.zeros((BLOCK,), DTYPE)
     fake_sum = tl.zeros((BLOCK,), DTYPE)
     gen_sum = tl.zeros((BLOCK,), DTYPE)
+    derivative_sum = tl.zeros((BLOCK,), DTYPE)
     for start in range(0, half, BLOCK):
         i = start + tl.arange(0, BLOCK)
         inside = i < half
-        real = tl.load(logits + real_start + i, mask=inside, other=0.0).to(DTYPE)
-        fake = tl.load(logits + fake_start + i, mask=inside, other=0.0).to(DTYPE)
+        real = _load_logits(logits, bias, real_start + i, inside, DTYPE)
+        fake = _load_logits(logits, bias, fake_start + i, inside, DTYPE)
         real_loss, real_derivative = _criterion(real, True, VANILLA)
         fake_loss, fake_derivative = _criterion(fake, False, VANILLA)
         gen_loss, gen_derivative = _criterion(fake, True, VANILLA)
         real_sum += tl.where(inside, real_loss, 0.0)
         fake_sum += tl.where(inside, fake_loss, 0.0)
         gen_sum += tl.where(inside, gen_loss, 0.0)
+        derivative_sum += tl.where(inside, real_derivative + fake_derivative, 0.0)
         tl.store(disc_grad + real_start + i, real_derivative * disc_scale, mask=inside)
         tl.store(disc_grad + fake_start + i, fake_derivative * disc_scale, mask=inside)
         tl.store(gen_grad + i, gen_derivative * gen_scale, mask=inside)
@@ -92,11 +104,14 @@ def gan_loss_both(
     tl.store(losses + 1, tl.sum(gen_sum) / half)
     tl.store(losses + 2, real_mean)
     tl.store(losses + 3, fake_mean)
+    if bias_grad is not None:
+        tl.store(bias_grad, tl.sum(derivative_sum) * disc_scale)
 
 
 @triton.jit
 def gan_loss_target(
     logits,
+    bias,
     loss,
     gradient,
     scale,
@@ -106,13 +121,16 @@ def gan_loss_target(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The loss of one set of logits against one target. Reads logits and scale; writes loss and gradient."""
+    """The loss of one set of logits against one target.
+
+    Reads logits, bias and scale; writes loss and gradient.
+    """
     factor = _load_scale(scale, count, DTYPE)
     total = tl.zeros((BLOCK,), DTYPE)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
         inside = i < count
-        each, derivative = _criterion(tl.load(logits + i, mask=inside, other=0.0).to(DTYPE), REAL, VANILLA)
+        each, derivative = _criterion(_load_logits(logits, bias, i, inside, DTYPE), REAL, VANILLA)
         total += tl.where(inside, each, 0.0)
         tl.store(gradient + i, derivative * factor, mask=inside)
     tl.store(loss, tl.sum(total) / count)

@@ -1,5 +1,6 @@
 """The gateway of every Triton launch: whether kernels run, on which device, and who looks on."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -24,7 +25,8 @@ class Launch(NamedTuple):
     """One kernel launch: what ``launch`` was called with.
 
     reads, writes: the tensors (slices of larger buffers included) of which elements are read or written,
-    usually all of them; None for one that this launch does without.
+    usually all of them; None for one that this launch does without. trips: how often one after the other the
+    busiest program waits for memory; nothing but the model of a step's time reads it.
     """
 
     kernel: Any
@@ -33,10 +35,15 @@ class Launch(NamedTuple):
     options: dict[str, Any]
     reads: Sequence[Tensor | None]
     writes: Sequence[Tensor | None]
+    trips: int = 1
 
     @property
     def name(self) -> str:
         return self.kernel.__name__
+
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid)
 
     @property
     def bytes_moved(self) -> int:
@@ -82,14 +89,15 @@ def launch(
     *args: Any,
     reads: Sequence[Tensor | None],
     writes: Sequence[Tensor | None],
+    trips: int = 1,
     **options: Any,
 ) -> None:
     """Enqueue ``kernel`` on ``grid``: the only way in which this package starts a kernel.
 
     args: the kernel's pointers and numbers, by position. options: its compile-time constants, and num_warps.
-    reads, writes: see ``Launch``.
+    reads, writes, trips: see ``Launch``.
     """
-    this = Launch(kernel, grid, args, options, reads, writes)
+    this = Launch(kernel, grid, args, options, reads, writes, trips)
     if _observer is not None:
         _observer(this)
     if _running:

@@ -12,6 +12,8 @@ regime. In the first regime an image may come as the partial sums of a convoluti
 The kernels are in norm_act_kernels.py, their block sizes in tiles.py.
 """
 
+from math import prod
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -47,12 +49,14 @@ from fastpix2pix.kernels.tiles import (
     FEW_PIXELS,
     WHOLE_BACKWARD,
     WHOLE_FORWARD,
+    Chunks,
     cdiv,
     choose_tile,
     choose_whole_tile,
     elementwise_chunks,
     next_power_of_2,
     reduction_chunks,
+    trips,
 )
 
 
@@ -89,6 +93,14 @@ def _store_sum(partials: Tensor, image: Tensor) -> Tensor:
 def _itemsize(x: Tensor, partials: Tensor | None) -> int:
     """Bytes of one value of what a program reads most of."""
     return x.element_size() if partials is None else partials.element_size()
+
+
+def _apply_trips(shares: Chunks, groups_combined: int) -> int:
+    """Of a launch that reads partial sums: the first tile comes with them.
+
+    groups_combined: of which the parameters' program reads the partial sums, one after the other.
+    """
+    return max(1 + trips(shares.tiles, loaded_before=1), groups_combined)
 
 
 def norm_act_forward(
@@ -150,14 +162,15 @@ def norm_act_forward(
             num_warps=tile.num_warps,
             reads=(x if partials is None else partials, *parameters, dropout.rng),
             writes=(None if partials is None else x, y, skip, *saved, *updated),
+            trips=groups,
         )
         return NormActForward(y, skip, *saved)
 
     if partials is not None:
         _store_sum(partials, x)
     tile = choose_tile(pixels, channels, x.element_size(), CHUNK_FORWARD)
-    chunks, shares = reduction_chunks(pixels, tile), elementwise_chunks(pixels, tile)
     programs = cdiv(channels, tile.channels), groups
+    chunks, shares = reduction_chunks(pixels, tile), elementwise_chunks(pixels, tile, prod(programs))
     partials = Workspace(None, groups, chunks.count)
     if takes_statistics:
         workspace = torch.empty((2, groups, chunks.count, channels), dtype=dtype, device=x.device)
@@ -175,10 +188,12 @@ def norm_act_forward(
             num_warps=tile.num_warps,
             reads=(x,),
             writes=(workspace,),
+            trips=trips(chunks.tiles),
         )
+    has_updates = takes_statistics and running_mean is not None
     launch(
         norm_act_forward_apply,
-        (shares.count, *programs),
+        (shares.count + has_updates, *programs),
         *images,
         parameters,
         saved,
@@ -194,6 +209,7 @@ def norm_act_forward(
         num_warps=tile.num_warps,
         reads=(x, partials.pointer, *parameters, dropout.rng),
         writes=(y, skip, *saved, *updated),
+        trips=_apply_trips(shares, groups if has_updates else 0) if takes_statistics else trips(shares.tiles),
     )
     return NormActForward(y, skip, *saved)
 
@@ -266,14 +282,15 @@ def norm_act_backward(
             num_warps=tile.num_warps,
             reads=reads,
             writes=(dx, dweight, dbias),
+            trips=groups,
         )
         return NormActBackward(dx, dweight, dbias)
 
     tile = choose_tile(pixels, channels, x.element_size(), CHUNK_BACKWARD)
-    shares = elementwise_chunks(pixels, tile)
+    programs = cdiv(channels, tile.channels), groups
+    shares = elementwise_chunks(pixels, tile, prod(programs))
     sums = through_statistics or wanted[1] is not None
     chunks = reduction_chunks(pixels, tile) if sums else shares
-    programs = cdiv(channels, tile.channels), groups
     workspace = None
     if sums:
         workspace = torch.empty((2, groups, chunks.count, channels), dtype=dtype, device=x.device)
@@ -296,11 +313,12 @@ def norm_act_backward(
         num_warps=tile.num_warps,
         reads=reads,
         writes=(workspace, early_dx),
+        trips=trips(chunks.tiles),
     )
     if through_statistics:
         launch(
             norm_act_backward_apply,
-            (shares.count, *programs),
+            (shares.count + (dweight is not None), *programs),
             *images,
             image_pointer(dx),
             parameters,
@@ -318,6 +336,7 @@ def norm_act_backward(
             num_warps=tile.num_warps,
             reads=(*reads, workspace),
             writes=(dx, dweight, dbias),
+            trips=_apply_trips(shares, groups if dweight is not None else 0),
         )
     elif sums:
         totals = reversed(workspace.sum((1, 2)).unbind())

@@ -15,7 +15,8 @@ Arguments:
 * dweight, dbias: pointers to (C,), or None where they are not wanted.
 * dropout: ``Dropout``, the state of its random numbers.
 * pixels: rows of one group. chunk_pixels: rows of one program where partials are made. apply_pixels: rows of
-  one program of the ``apply`` kernels.
+  one program of the ``apply`` kernels; the last program of a launch that also has results for the parameters
+  has no rows, only these.
 * groups, channels: how many there are.
 
 Compile-time constants:
@@ -130,9 +131,15 @@ def _pointers(image, pixel, columns):
 
 
 @triton.jit
+def _load_stored(image, pixel, last, columns):
+    """A tile's values as they are stored; 0 outside the image."""
+    return tl.load(_pointers(image, pixel, columns), mask=_inside(pixel, last, columns), other=0.0)
+
+
+@triton.jit
 def _load_tile(image, pixel, last, columns, DTYPE: tl.constexpr):
-    """A tile's values in the compute type; 0 outside the image."""
-    return tl.load(_pointers(image, pixel, columns), mask=_inside(pixel, last, columns), other=0.0).to(DTYPE)
+    """A tile's values in the compute type."""
+    return _load_stored(image, pixel, last, columns).to(DTYPE)
 
 
 @triton.jit
@@ -206,13 +213,16 @@ def _statistics(x, first, last, columns, DTYPE: tl.constexpr, TILE: tl.constexpr
     row = tl.arange(0, TILE.pixels)
     mean = _zeros(TILE.pixels, TILE.channels, DTYPE)
     m2 = _zeros(TILE.pixels, TILE.channels, DTYPE)
+    loaded = _load_stored(x, first + row, last, columns)
     for start in range(first, last, TILE.pixels):
         pixel = start + row
-        value = _load_tile(x, pixel, last, columns, DTYPE)
+        ahead = _load_stored(x, pixel + TILE.pixels, last, columns)
+        value = loaded.to(DTYPE)
         delta = tl.where(_inside(pixel, last, columns), value - mean, 0.0)
         seen = (start - first) // TILE.pixels + 1
         mean += delta * (1.0 / seen.to(DTYPE))
         m2 += delta * (value - mean)
+        loaded = ahead
     count = ((last - first - row + TILE.pixels - 1) // TILE.pixels).to(DTYPE)
     return _combine(count, mean, m2)
 
@@ -303,32 +313,47 @@ def _store_results(y, skip, z, pixel, last, columns, dropout, CONSTANTS: tl.cons
 
 @triton.jit
 def _forward_pass(
-    x, y, skip, first, last, columns, norm, dropout, CONSTANTS: tl.constexpr, TILE: tl.constexpr
+    x, loaded, y, skip, first, last, columns, norm, dropout, CONSTANTS: tl.constexpr, TILE: tl.constexpr
 ):
-    """Write the results of the pixels first .. last - 1."""
+    """Write the results of the pixels first .. last - 1. ``loaded``: the first tile of x, as stored."""
     for start in range(first, last, TILE.pixels):
         pixel = start + tl.arange(0, TILE.pixels)
-        _, z = _before_activation(_load_tile(x, pixel, last, columns, CONSTANTS.dtype), norm)
+        ahead = _load_stored(x, pixel + TILE.pixels, last, columns)
+        _, z = _before_activation(loaded.to(CONSTANTS.dtype), norm)
         _store_results(y, skip, z, pixel, last, columns, dropout, CONSTANTS)
+        loaded = ahead
 
 
 @triton.jit
-def _load_gradient(gradient, pixel, last, columns, DTYPE: tl.constexpr):
-    """A tile's values, or None where there is no such image."""
-    if gradient.pointer is None:
-        return
-    else:
-        return _load_tile(gradient, pixel, last, columns, DTYPE)
+def _load_three(x, dy, dskip, pixel, last, columns):
+    """Tiles of the images that backward reads, as they are stored; that of x in place of one there is not."""
+    value = _load_stored(x, pixel, last, columns)
+    by_y, by_skip = value, value
+    if dy.pointer is not None:
+        by_y = _load_stored(dy, pixel, last, columns)
+    if dskip.pointer is not None:
+        by_skip = _load_stored(dskip, pixel, last, columns)
+    return value, by_y, by_skip
 
 
 @triton.jit
-def _gradient_before_activation(dy, dskip, z, pixel, columns, dropout, CONSTANTS: tl.constexpr):
+def _gradient_before_activation(
+    by_y,
+    by_skip,
+    HAS_Y: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+    z,
+    pixel,
+    columns,
+    dropout,
+    CONSTANTS: tl.constexpr,
+):
     """dz: gradient before activation and dropout, from the tiles of those of the two results."""
     dz = tl.zeros_like(z)
-    if dy is not None:
-        dz += _activate(dy, z, CONSTANTS.slope)
-    if dskip is not None:
-        dz += _activate(dskip, z, CONSTANTS.skip_slope)
+    if HAS_Y:
+        dz += _activate(by_y.to(CONSTANTS.dtype), z, CONSTANTS.slope)
+    if HAS_SKIP:
+        dz += _activate(by_skip.to(CONSTANTS.dtype), z, CONSTANTS.skip_slope)
     return _drop(dz, pixel, columns, dropout, CONSTANTS)
 
 
@@ -346,27 +371,48 @@ def _gradient_of_x(dz, normalised, norm, means):
 
 @triton.jit
 def _backward_pass(
-    x, dy, dskip, dx, first, last, columns, norm, means, dropout, CONSTANTS: tl.constexpr, TILE: tl.constexpr
+    x,
+    dy,
+    dskip,
+    loaded,
+    dx,
+    first,
+    last,
+    columns,
+    norm,
+    means,
+    dropout,
+    CONSTANTS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """One pass over the pixels first .. last - 1.
+    """One pass over the pixels first .. last - 1. ``loaded``: the first tiles, from ``_load_three``.
 
     Returns the sums per channel of dz and of dz times the normalised values. Writes dx, if there is such an
     image; ``means`` as in ``_gradient_of_x``, None where the layer takes no statistics.
     """
     dz_sum = _zeros(TILE.pixels, TILE.channels, CONSTANTS.dtype)
     dz_normalised_sum = _zeros(TILE.pixels, TILE.channels, CONSTANTS.dtype)
+    value, by_y, by_skip = loaded
     for start in range(first, last, TILE.pixels):
         pixel = start + tl.arange(0, TILE.pixels)
-        # All loads before the first use of one: none waits for another.
-        value = _load_tile(x, pixel, last, columns, CONSTANTS.dtype)
-        by_y = _load_gradient(dy, pixel, last, columns, CONSTANTS.dtype)
-        by_skip = _load_gradient(dskip, pixel, last, columns, CONSTANTS.dtype)
-        normalised, z = _before_activation(value, norm)
-        dz = _gradient_before_activation(by_y, by_skip, z, pixel, columns, dropout, CONSTANTS)
+        ahead = _load_three(x, dy, dskip, pixel + TILE.pixels, last, columns)
+        normalised, z = _before_activation(value.to(CONSTANTS.dtype), norm)
+        dz = _gradient_before_activation(
+            by_y,
+            by_skip,
+            dy.pointer is not None,
+            dskip.pointer is not None,
+            z,
+            pixel,
+            columns,
+            dropout,
+            CONSTANTS,
+        )
         dz_sum += dz
         dz_normalised_sum += dz * normalised
         if dx.pointer is not None:
             _store_tile(dx, _gradient_of_x(dz, normalised, norm, means), pixel, last, columns)
+        value, by_y, by_skip = ahead
     return tl.sum(dz_sum, 0), tl.sum(dz_normalised_sum, 0)
 
 
@@ -377,6 +423,12 @@ def _combined_sums(partials, group, columns, DTYPE: tl.constexpr, CHUNKS: tl.con
         tl.sum(_load_chunks(partials, 0, group, columns, DTYPE, CHUNKS), 0),
         tl.sum(_load_chunks(partials, 1, group, columns, DTYPE, CHUNKS), 0),
     )
+
+
+@triton.jit
+def _is_parameters_program(chunk, group):
+    """Whether this program of an ``apply`` kernel has the parameters' results to write, and no pixels."""
+    return (chunk == tl.num_programs(0) - 1) & (group == 0)
 
 
 # Integers that no address depends on: to specialise on them (1, multiples of 16) would only compile more
@@ -473,6 +525,9 @@ def norm_act_forward_apply(
     DTYPE: tl.constexpr = CONSTANTS.dtype
     columns = _columns(channels, TILE)
     chunk, group = tl.program_id(0), tl.program_id(2)
+    first = group * pixels + chunk * apply_pixels
+    last = tl.minimum(first + apply_pixels, (group + 1) * pixels)
+    loaded = _load_stored(x, first + tl.arange(0, TILE.pixels), last, columns)
     weight = _load_row(parameters.weight, 0, columns, DTYPE)
     bias = _load_row(parameters.bias, 0, columns, DTYPE)
     if partials.pointer is not None:
@@ -488,12 +543,10 @@ def norm_act_forward_apply(
     if saved.mean is not None and chunk == 0:
         _store_row(saved.mean, norm.mean, group, columns)
         _store_row(saved.rstd, norm.rstd, group, columns)
-    first = group * pixels + chunk * apply_pixels
-    last = tl.minimum(first + apply_pixels, (group + 1) * pixels)
-    _forward_pass(x, y, skip, first, last, columns, norm, dropout, CONSTANTS, TILE)
+    _forward_pass(x, loaded, y, skip, first, last, columns, norm, dropout, CONSTANTS, TILE)
 
     if partials.pointer is not None and parameters.running_mean is not None:  # noqa: SIM102 (compile time)
-        if chunk + group == 0:
+        if _is_parameters_program(chunk, group):
             # Loaded by the one program that stores them: another might see them before or after the update.
             running_mean = _load_row(parameters.running_mean, 0, columns, DTYPE)
             running_var = _load_row(parameters.running_var, 0, columns, DTYPE)
@@ -536,19 +589,26 @@ def norm_act_backward_whole(
     for group in range(groups):
         pixel = group * pixels + tl.arange(0, TILE.pixels)
         last = (group + 1) * pixels
-        value = _load_tile(x, pixel, last, columns, DTYPE)
+        value, by_y, by_skip = _load_three(x, dy, dskip, pixel, last, columns)
         if SPLITS:
-            by_y = _load_splits(dy_splits, x, pixel, last, columns, SPLITS).to(DTYPE)
-        else:
-            by_y = _load_gradient(dy, pixel, last, columns, DTYPE)
-        by_skip = _load_gradient(dskip, pixel, last, columns, DTYPE)
+            by_y = _load_splits(dy_splits, x, pixel, last, columns, SPLITS)
         mean, rstd = (
             _load_row(saved.mean, group, columns, DTYPE),
             _load_row(saved.rstd, group, columns, DTYPE),
         )
         norm = Norm(mean, rstd, weight, bias)
-        normalised, z = _before_activation(value, norm)
-        dz = _gradient_before_activation(by_y, by_skip, z, pixel, columns, dropout, CONSTANTS)
+        normalised, z = _before_activation(value.to(DTYPE), norm)
+        dz = _gradient_before_activation(
+            by_y,
+            by_skip,
+            SPLITS > 0 or dy.pointer is not None,
+            dskip.pointer is not None,
+            z,
+            pixel,
+            columns,
+            dropout,
+            CONSTANTS,
+        )
         dz_sum, dz_normalised_sum = tl.sum(dz, 0), tl.sum(dz * normalised, 0)
         means = (dz_sum / pixels.to(DTYPE), dz_normalised_sum / pixels.to(DTYPE))
         _store_tile(dx, _gradient_of_x(dz, normalised, norm, means), pixel, last, columns)
@@ -581,16 +641,17 @@ def norm_act_backward_sums(
     """
     columns = _columns(channels, TILE)
     chunk, group = tl.program_id(0), tl.program_id(2)
+    first = group * pixels + chunk * chunk_pixels
+    last = group * pixels + tl.minimum((chunk + 1) * chunk_pixels, pixels)
+    loaded = _load_three(x, dy, dskip, first + tl.arange(0, TILE.pixels), last, columns)
     norm = Norm(
         _load_row(saved.mean, group, columns, CONSTANTS.dtype),
         _load_row(saved.rstd, group, columns, CONSTANTS.dtype),
         _load_row(parameters.weight, 0, columns, CONSTANTS.dtype),
         _load_row(parameters.bias, 0, columns, CONSTANTS.dtype),
     )
-    first = group * pixels + chunk * chunk_pixels
-    last = group * pixels + tl.minimum((chunk + 1) * chunk_pixels, pixels)
     dz_sum, dz_normalised_sum = _backward_pass(
-        x, dy, dskip, dx, first, last, columns, norm, None, dropout, CONSTANTS, TILE
+        x, dy, dskip, loaded, dx, first, last, columns, norm, None, dropout, CONSTANTS, TILE
     )
     if partials.pointer is not None:
         _store_chunk(partials, 0, dz_sum, group, chunk, columns)
@@ -618,23 +679,15 @@ def norm_act_backward_apply(
 ):
     """Backward, second of two launches: dx of ``apply_pixels`` pixels, from the sums in the partials.
 
-    Reads x, dy, dskip, parameters, saved and partials; writes dx. The very first program also writes dweight
-    and dbias.
+    Reads x, dy, dskip, parameters, saved and partials; writes dx. The program without pixels writes
+    dweight and dbias.
     """
     DTYPE: tl.constexpr = CONSTANTS.dtype
     columns = _columns(channels, TILE)
     chunk, group = tl.program_id(0), tl.program_id(2)
-    if dweight is not None:  # noqa: SIM102 (compile time)
-        if chunk + group == 0:
-            dweight_sum = tl.zeros_like(columns.channel).to(DTYPE)
-            dbias_sum = tl.zeros_like(columns.channel).to(DTYPE)
-            for each in range(partials.groups):
-                dz_sum, dz_normalised_sum = _combined_sums(partials, each, columns, DTYPE, CHUNKS)
-                dweight_sum += dz_normalised_sum
-                dbias_sum += dz_sum
-            _store_row(dweight, dweight_sum, 0, columns)
-            _store_row(dbias, dbias_sum, 0, columns)
-
+    first = group * pixels + chunk * apply_pixels
+    last = tl.minimum(first + apply_pixels, (group + 1) * pixels)
+    loaded = _load_three(x, dy, dskip, first + tl.arange(0, TILE.pixels), last, columns)
     norm = Norm(
         _load_row(saved.mean, group, columns, DTYPE),
         _load_row(saved.rstd, group, columns, DTYPE),
@@ -643,6 +696,14 @@ def norm_act_backward_apply(
     )
     dz_sum, dz_normalised_sum = _combined_sums(partials, group, columns, DTYPE, CHUNKS)
     means = (dz_sum / pixels.to(DTYPE), dz_normalised_sum / pixels.to(DTYPE))
-    first = group * pixels + chunk * apply_pixels
-    last = tl.minimum(first + apply_pixels, (group + 1) * pixels)
-    _backward_pass(x, dy, dskip, dx, first, last, columns, norm, means, dropout, CONSTANTS, TILE)
+    _backward_pass(x, dy, dskip, loaded, dx, first, last, columns, norm, means, dropout, CONSTANTS, TILE)
+    if dweight is not None:  # noqa: SIM102 (compile time)
+        if _is_parameters_program(chunk, group):
+            dweight_sum = tl.zeros_like(columns.channel).to(DTYPE)
+            dbias_sum = tl.zeros_like(columns.channel).to(DTYPE)
+            for each in range(partials.groups):
+                dz_sum, dz_normalised_sum = _combined_sums(partials, each, columns, DTYPE, CHUNKS)
+                dweight_sum += dz_normalised_sum
+                dbias_sum += dz_sum
+            _store_row(dweight, dweight_sum, 0, columns)
+            _store_row(dbias, dbias_sum, 0, columns)

@@ -5,6 +5,7 @@ input) whatever the storage type, and results are rounded once, when they are st
 synchronises with the host or branches on a tensor's value.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -316,12 +317,14 @@ class GanLoss(NamedTuple):
     float32 (float64 for float64).
 
     disc_grad: gradient of disc_loss with respect to all logits. gen_grad: gradient of gen_gan_loss with
-    respect to the logits of the fake half. Both times ``scale``, in the type of the logits.
+    respect to the logits of the fake half. Both times ``scale``, in the type of the logits. bias_grad: (1,)
+    gradient of disc_loss with respect to the bias, times ``scale``, in the type of the losses; None without.
     """
 
     losses: Tensor
     disc_grad: Tensor
     gen_grad: Tensor
+    bias_grad: Tensor | None = None
 
 
 def check_gan_mode(mode: str) -> None:
@@ -336,14 +339,16 @@ def check_halves(logits: Tensor) -> None:
         raise ValueError(f"a batch of {logits.shape[0]} logit maps is not [real; fake] in equal parts")
 
 
-def _criterion(logits: Tensor, real: bool, mode: str) -> tuple[Tensor, Tensor]:
-    """Mean loss of ``logits`` against real or fake, and its gradient, in the compute type.
+def _criterion(logits: Tensor, bias: Tensor | None, real: bool, mode: str) -> tuple[Tensor, Tensor]:
+    """Mean loss of ``logits + bias`` against real or fake, and its gradient, in the compute type.
 
     vanilla is binary cross-entropy with logits, max(x, 0) - x z + log(1 + exp(-|x|)); lsgan is the mean
     squared distance from 1 or 0 (Mao et al., 2017). ValueError for another mode.
     """
     check_gan_mode(mode)
     x = logits.to(compute_dtype(logits.dtype))
+    if bias is not None:
+        x = x + bias
     target = 1.0 if real else 0.0
     if mode == "vanilla":
         loss = x.clamp(min=0) - x * target + torch.log1p(torch.exp(-x.abs()))
@@ -359,36 +364,44 @@ def gan_loss(
     mode: str = "vanilla",
     real_first: bool = True,
     disc_factor: float = 1.0,
+    bias: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> GanLoss:
     """PatchGAN losses of both players, with their gradients (Isola et al., 2017, section 3.1).
 
     logits: (2 B, 1, h, w), the halves being [real; fake], or [fake; real] where ``real_first`` is False.
     disc_loss is ``disc_factor`` times (real + fake): 1 in the TensorFlow tutorial, 1/2 in
-    pytorch-CycleGAN-and-pix2pix. scale: float32 scalar tensor that multiplies the gradients (fp16).
-    ValueError for another mode or an odd batch.
+    pytorch-CycleGAN-and-pix2pix. bias: (1,) in the type of the losses, that of a last convolution which has
+    left it out. scale: float32 scalar tensor that multiplies the gradients (fp16). ValueError for another
+    mode or an odd batch.
     """
     check_halves(logits)
     first, second = logits.chunk(2)
     real, fake = (first, second) if real_first else (second, first)
-    real_loss, real_grad = _criterion(real, True, mode)
-    fake_loss, fake_grad = _criterion(fake, False, mode)
-    gen_loss, gen_grad = _criterion(fake, True, mode)
+    real_loss, real_grad = _criterion(real, bias, True, mode)
+    fake_loss, fake_grad = _criterion(fake, bias, False, mode)
+    gen_loss, gen_grad = _criterion(fake, bias, True, mode)
     halves = (real_grad, fake_grad) if real_first else (fake_grad, real_grad)
     disc_grad = torch.cat(halves) * disc_factor
     if scale is not None:
         disc_grad, gen_grad = disc_grad * scale, gen_grad * scale
     losses = torch.stack((disc_factor * (real_loss + fake_loss), gen_loss, real_loss, fake_loss))
-    return GanLoss(losses, disc_grad.to(logits.dtype), gen_grad.to(logits.dtype))
+    bias_grad = None if bias is None else disc_grad.sum().to(bias.dtype).reshape(1)
+    return GanLoss(losses, disc_grad.to(logits.dtype), gen_grad.to(logits.dtype), bias_grad)
 
 
 def gan_target_loss(
-    logits: Tensor, real: bool, *, mode: str = "vanilla", scale: Tensor | None = None
+    logits: Tensor,
+    real: bool,
+    *,
+    mode: str = "vanilla",
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of ``logits`` against one target (a float32 scalar, float64 for float64), and its gradient times
-    ``scale``, in the type of the logits.
+    """Loss of ``logits + bias`` against one target (a float32 scalar, float64 for float64), and its gradient
+    times ``scale``, in the type of the logits.
     """
-    loss, gradient = _criterion(logits, real, mode)
+    loss, gradient = _criterion(logits, bias, real, mode)
     if scale is not None:
         gradient = gradient * scale
     return loss, gradient.to(logits.dtype)
@@ -398,15 +411,22 @@ def gan_target_loss(
 
 
 def tanh_l1_forward(
-    x: Tensor, bias: Tensor | None, target: Tensor, out: Tensor | None = None
+    x: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    out: Tensor | None = None,
+    target_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``fake = tanh(x + bias)`` and the mean absolute difference from ``target``.
 
     x: (N, C, H, W) channels-last, the last transposed convolution without its bias. out: where the fake
     image goes, a channel slice of the discriminator's input, in the type of ``x``; None allocates.
+    target_out: another such slice, in the type of ``target``, to which that is copied, or None.
     Returns the image and a float32 scalar (float64 for float64). The loss is that of the image as stored.
     """
     z = x.to(compute_dtype(x.dtype))
+    if target_out is not None:
+        target_out.copy_(target)
     fake = _store(torch.tanh(z if bias is None else z + bias.view(1, -1, 1, 1)), x, out)
     return fake, (fake.to(z.dtype) - target.to(z.dtype)).abs().mean()
 
@@ -425,6 +445,22 @@ def tanh_l1_backward(
     dx = gradient * (1 - fake_value) * (1 + fake_value)  # 1 - square would cancel where tanh saturates
     dbias = None if bias is None else dx.sum((0, 2, 3)).to(bias.dtype)
     return dx.to(fake.dtype, memory_format=torch.channels_last), dbias
+
+
+# --------------------------------------------------------------------------------------- losses of a step
+
+
+def write_loss_row(rows: Tensor, written: Tensor, terms: Sequence[Tensor], lambda_l1: Tensor) -> None:
+    """Write a step's losses into the ring buffer ``rows``, (capacity, 1 + terms) float32, at row ``written``
+    modulo capacity, and count ``written``, (1,) int64, up.
+
+    terms: scalars, the generator's GAN loss, its L1 loss, and whatever else. A row is the generator's total
+    ``terms[0] + lambda_l1 * terms[1]``, then the terms.
+    """
+    total = terms[0] + lambda_l1 * terms[1]
+    row = torch.stack([loss.to(rows.dtype) for loss in (total, *terms)]).unsqueeze(0)
+    rows.index_copy_(0, written % len(rows), row)
+    written.add_(1)
 
 
 # ------------------------------------------------------------------------------------------------ Adam

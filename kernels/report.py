@@ -59,6 +59,10 @@ REGISTER_UNIT = 256
 """Granularity in which registers are allocated to a warp."""
 RESERVED_SHARED_BYTES = 1024
 """Shared memory that CUDA reserves in each program, since sm_80."""
+LEAST_ARCH = {"fastpix2pix.kernels.deep_conv_kernels": 80}
+"""Modules whose kernels are not used, nor reported on, before an architecture (``deep_conv.offered``)."""
+TENSOR_CORES = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
+"""Generations of tensor core instructions, newest first, as they are called in PTX."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class Row:
     stack: bytes per thread in local memory, which is where registers are spilled to. conversions: changes of
     a tile's layout between threads, most of which go through shared memory. load_bits, store_bits: the widest
     access of global memory by one thread. occupancy: resident warps over the most there can be, as limited by
-    ``limit``. bytes_moved: of one launch, each operand counted once.
+    ``limit``. tensor_cores: the instructions used (``TENSOR_CORES``), or "". bytes_moved: of one launch, each
+    operand counted once.
     """
 
     kernel: str
@@ -85,6 +90,7 @@ class Row:
     store_bits: int
     occupancy: float
     limit: str
+    tensor_cores: str
     bytes_moved: int
 
 
@@ -137,10 +143,11 @@ def measure(item: Item, arch: int) -> Row:
         stack=stack,
         shared=shared,
         conversions=compiled.asm["ttgir"].count("ttg.convert_layout"),
-        load_bits=_widest(code, r"LDG\.E|ld\.global"),
+        load_bits=_widest(code, r"LDG\.E|LDGSTS\.E|ld\.global"),
         store_bits=_widest(code, r"STG\.E|st\.global"),
         occupancy=occupancy,
         limit=limit,
+        tensor_cores=next((n for n, mark in TENSOR_CORES.items() if mark in compiled.asm["ptx"]), ""),
         bytes_moved=item.bytes_moved,
     )
 
@@ -188,33 +195,37 @@ def _occupancy(arch: int, num_warps: int, registers: int, shared: int) -> tuple[
     return programs[limit] * num_warps / limits.warps, limit
 
 
-def rows(items: Sequence[Item], arch: int) -> list[Row]:
-    """The report for one architecture."""
-    return [measure(item, arch) for item in items]
+def rows(items: Sequence[Item], arch: int) -> list[Row | None]:
+    """The report for one architecture; None for kernels that are not used there."""
+    return [None if arch < LEAST_ARCH.get(item.variant.module, 0) else measure(item, arch) for item in items]
 
 
 # ------------------------------------------------------------------------------------------------- command
 
 
-def table(by_arch: Sequence[Sequence[Row]]) -> str:
+def table(by_arch: Sequence[Sequence[Row | None]], architectures: Sequence[int]) -> str:
     """Text with a line for each launch: registers by architecture, everything else for the worst of them."""
-    architectures = [some[0].arch for some in by_arch]
     width = max(4 * len(architectures), len("registers")) + 1
     lines = [
         "registers: " + "/".join(f"sm_{arch}" for arch in architectures),
         f"{'kernel':<26}{'layer':<34}{'type':<6}{'programs':>8}{'warps':>6}  {'registers':<{width}}"
-        f"{'stack':>5}{'shared':>7}{'conv':>5}{'load':>5}{'store':>6}  "
+        f"{'stack':>5}{'shared':>7}{'conv':>5}{'load':>5}{'store':>6}  {'tensor cores':<19}"
         f"{'occupancy, limit':<28}{'kB moved':>9}",
     ]
-    for same in zip(*by_arch, strict=True):
+    for of_all in zip(*by_arch, strict=True):
+        registers = "/".join("-" if row is None else str(row.registers) for row in of_all)
+        same = [row for row in of_all if row is not None]
+        if not same:
+            continue
         one, least = same[0], min(same, key=lambda row: row.occupancy)
-        registers = "/".join(str(row.registers) for row in same)
+        tensor_cores = "/".join(dict.fromkeys(row.tensor_cores for row in same if row.tensor_cores))
         limit = f"{least.occupancy:.0%} {least.limit} sm_{least.arch}"
         lines.append(
             f"{one.kernel:<26}{one.label:<34}{one.dtype:<6}{one.programs:>8}{one.num_warps:>6}  "
             f"{registers:<{width}}{max(row.stack for row in same):>5}{max(row.shared for row in same):>7}"
             f"{max(row.conversions for row in same):>5}"
             f"{min(row.load_bits for row in same):>5}{min(row.store_bits for row in same):>6}  "
+            f"{tensor_cores:<19}"
             f"{limit:<28}{one.bytes_moved / 1e3:>9.1f}"
         )
     return "\n".join(lines)
@@ -257,9 +268,9 @@ def main(
     workers = min(len(arch), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         by_arch = list(pool.map(rows, repeat(items), arch))
-    print(table(by_arch))
+    print(table(by_arch, arch))
     if json_file is not None:
-        data = [asdict(row) for some in by_arch for row in some]
+        data = [asdict(row) for some in by_arch for row in some if row is not None]
         json_file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 

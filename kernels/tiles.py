@@ -35,7 +35,7 @@ WHOLE_BACKWARD = Regime(sectors=1, vectors=1, max_warps=16)
 # the L1, whose tag lookups then keep up with what the L2 delivers; with 8 warps, two or more programs fit on
 # a multiprocessor and hide each other's latency.
 CHUNK_FORWARD = Regime(sectors=2, vectors=2, max_warps=8)
-CHUNK_BACKWARD = Regime(sectors=2, vectors=1, max_warps=8)
+CHUNK_BACKWARD = Regime(sectors=2, vectors=1, max_warps=16)
 
 
 MOST_VECTORS = 2
@@ -90,30 +90,48 @@ def _tile(block_pixels: int, narrowest: int, channels: int, itemsize: int, regim
 
 @dataclass(frozen=True)
 class Chunks:
-    """``count`` programs share the pixels of a group: ``pixels`` each, and the rest for the last one."""
+    """``count`` programs share the pixels of a group: ``pixels`` each, and the rest for the last one.
+
+    tiles: of one program, walked through one after the other.
+    """
 
     count: int
     pixels: int
+    tiles: int
 
 
-def _chunks(pixels: int, tile: Tile, values_each: int, most: int | None = None) -> Chunks:
-    each = max(values_each // tile.channels, tile.pixels)
-    if most is not None:
-        each = max(each, cdiv(cdiv(pixels, most), tile.pixels) * tile.pixels)
-    return Chunks(cdiv(pixels, each), each)
+MOST_CHUNKS = 128
+"""Of a group: every program of the next launch reads the partial sums of all of them at once."""
+
+ONE_WAVE = 256
+"""Programs that large GPUs run at the same time, two on each of 132 multiprocessors: as long as there are no
+more, one tile each takes the least time."""
+
+TILES_IN_FLIGHT = 2
+"""A program that walks through its tiles loads the next one before it waits for this one."""
+
+
+def _chunks(pixels: int, tile: Tile, tiles: int) -> Chunks:
+    return Chunks(cdiv(pixels, tiles * tile.pixels), tiles * tile.pixels, tiles)
 
 
 def reduction_chunks(pixels: int, tile: Tile) -> Chunks:
-    """Chunks for partial sums: 2**14 values each, which makes 64 programs of a 128x128x64 image.
-
-    Every program of the next launch reads the partial sums of all chunks, so there are at most 128.
+    """Chunks for partial sums: as many tiles as are in flight, 128 programs of a 128x128x64 image in 16 bit;
+    larger ones where there would be more than ``MOST_CHUNKS``.
     """
-    return _chunks(pixels, tile, 2**14, most=128)
+    return _chunks(pixels, tile, max(TILES_IN_FLIGHT, cdiv(cdiv(pixels, tile.pixels), MOST_CHUNKS)))
 
 
-def elementwise_chunks(pixels: int, tile: Tile) -> Chunks:
-    """Chunks for everything else: 2**13 values each, beside which the per-channel numbers are few bytes."""
-    return _chunks(pixels, tile, 2**13)
+def elementwise_chunks(pixels: int, tile: Tile, others: int) -> Chunks:
+    """Chunks for everything else, in a grid of ``others`` times as many programs."""
+    return _chunks(pixels, tile, 1 if cdiv(pixels, tile.pixels) * others <= ONE_WAVE else TILES_IN_FLIGHT)
+
+
+def trips(tiles: int, loaded_before: int = 0) -> int:
+    """How often a program waits for memory in so many tiles; ``loaded_before``: those whose values have come
+    with something else that it had to wait for.
+    """
+    return cdiv(tiles - loaded_before, TILES_IN_FLIGHT)
 
 
 FEW_PIXELS = 1024

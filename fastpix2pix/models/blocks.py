@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpix2pix.kernels.cpu_conv import conv2d, conv_transpose2d
-from fastpix2pix.kernels.deep_conv import TakeGradient, conv_norm_act, is_deep
+from fastpix2pix.kernels.deep_conv import Passage, TakeGradient, conv_norm_act, is_deep
 from fastpix2pix.kernels.norm_act import norm_act
 from fastpix2pix.kernels.reference import NormActConfig
 from fastpix2pix.presets import Architecture
@@ -111,10 +111,13 @@ class Block(nn.Module):
         skip_out: Tensor | None = None,
         *,
         train_conv: bool = True,
+        before: Passage | None = None,
+        after: Passage | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """(N, C, H, W) to y of ``out_shape``, or to (y, skip) where the block feeds a skip connection.
 
-        train_conv=False stops the gradient at the convolution's output.
+        train_conv=False stops the gradient at the convolution's output. before, after: of a deep block, see
+        ``kernels.deep_conv.conv_norm_act``; others have none.
         """
         if not self.is_deep(x):
             with torch.set_grad_enabled(train_conv and torch.is_grad_enabled()):
@@ -136,12 +139,18 @@ class Block(nn.Module):
             out=out,
             skip_out=skip_out,
             take_gradient=self.take_gradient,
+            before=before,
+            after=after,
         )
 
     @property
     def transposed(self) -> bool:
         """Whether it goes up."""
         return isinstance(self.conv, nn.ConvTranspose2d)
+
+    def passage(self, x: Tensor) -> Passage | None:
+        """What stands between this block, given ``x``, and the only reader of its y, if the block is deep."""
+        return Passage() if self.is_deep(x) else None
 
     def is_deep(self, x: Tensor) -> bool:
         """Whether convolution and epilogue of ``x`` are one op, a deep layer's."""

@@ -68,8 +68,8 @@ class PatchDiscriminator(nn.Module):
 
     def with_bias(self, logits: Tensor) -> Tensor:
         """What the last convolution makes without its bias, as logits."""
-        dtype = compute_dtype(logits.dtype)
-        return logits.to(dtype) + self.last.bias.to(dtype)
+        # One operator widens 16-bit logits and adds.
+        return logits + self.last.bias.to(compute_dtype(logits.dtype))
 
     def forward(self, pair: Tensor) -> Tensor:
         """Logits of ``pair``, all of it one batch for the normalisation."""
@@ -87,8 +87,9 @@ class PatchDiscriminator(nn.Module):
         generated image, whose pixels already lie in the last channels of ``pairs[fake_rows]``.
 
         Returns the logits of all pairs, whose gradient reaches the weights only (nothing at all if
-        ``train`` is False), and the logits of the fake ones, whose gradient reaches ``fake`` only. The two
-        losses of a simultaneous update so share one forward pass, as under the tutorial's two gradient tapes.
+        ``train`` is False), and the logits of the fake ones, whose gradient reaches ``fake`` only, both
+        without the last bias: the loss adds it, and has its gradient. The two losses of a simultaneous update
+        so share one forward pass, as under the tutorial's two gradient tapes.
         """
         parameters = tuple(self.parameters()) if train else ()
         return _SharedForward.apply(self, pairs, fake, fake_rows, parts, *parameters)
@@ -126,10 +127,9 @@ class _SharedForward(torch.autograd.Function):
         logits, ctx.last = conv2d_forward(x, discriminator.last.weight, None, 1)
         ctx.discriminator, ctx.layers = discriminator, layers
         ctx.fake_rows, ctx.fake_channels = fake_rows, fake.shape[1]
-        ctx.type = logits.dtype
         ctx.set_materialize_grads(False)
-        logits = discriminator.with_bias(logits)
-        return logits, logits[fake_rows].clone()
+        # Detached: the same memory, and an output of its own to autograd.
+        return logits, logits[fake_rows].detach()
 
     @staticmethod
     @once_differentiable
@@ -145,8 +145,8 @@ class _SharedForward(torch.autograd.Function):
     def _weight_gradients(ctx, dlogits):
         """In the order of ``discriminator.parameters()``."""
         last = ctx.discriminator.last
-        gradients = {last.bias: dlogits.sum((0, 2, 3)).to(last.bias.dtype)}
-        dy, gradients[last.weight], _ = conv2d_backward(dlogits.to(ctx.type), ctx.last)
+        gradients = {last.bias: None}
+        dy, gradients[last.weight], _ = conv2d_backward(dlogits, ctx.last)
         for layer in reversed(ctx.layers):
             conv, epilogue = layer.block.conv, layer.block.epilogue
             dpre, gradients[epilogue.weight], gradients[epilogue.bias] = norm_act_backward(
@@ -169,7 +169,7 @@ class _SharedForward(torch.autograd.Function):
     def _image_gradient(ctx, dfake_logits):
         """Gradient of the fake image: the fake rows alone, backwards through their own statistics."""
         rows = ctx.fake_rows
-        dy, _, _ = conv2d_backward(dfake_logits.to(ctx.type), ctx.last, needs_weight=False, rows=rows)
+        dy, _, _ = conv2d_backward(dfake_logits, ctx.last, needs_weight=False, rows=rows)
         for layer in reversed(ctx.layers):
             epilogue, config, pre = layer.block.epilogue, layer.config, layer.pre
             mean, rstd = layer.mean, layer.rstd

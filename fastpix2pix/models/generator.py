@@ -6,6 +6,7 @@ from torch.func import functional_call
 
 from fastpix2pix.errors import UserError
 from fastpix2pix.kernels.cpu_conv import conv_transpose2d
+from fastpix2pix.kernels.deep_conv import Passage
 from fastpix2pix.kernels.reference import compute_dtype
 from fastpix2pix.models.blocks import KERNEL_SIZE, Block, Epilogue, Join, initialise
 from fastpix2pix.presets import find_preset
@@ -107,6 +108,7 @@ class UNetGenerator(nn.Module):
 
         x = source.contiguous(memory_format=torch.channels_last)
         skips = []
+        passage = None
         for down in self.downs[:-1]:
             n, c, h, w = down.out_shape(x)
             joined = torch.empty(
@@ -114,15 +116,18 @@ class UNetGenerator(nn.Module):
             )
             first, second = joined[:, :c], joined[:, c:]
             skip_out, up_out = (first, second) if self.skip_first else (second, first)
-            x, skip = down(x, skip_out=skip_out)
+            before, passage = passage, down.passage(x)
+            x, skip = down(x, skip_out=skip_out, before=before, after=passage)
             skips.append((joined, skip, up_out))
-        x = self._innermost(x)
+        before, passage = passage, self.downs[-1].passage(x)
+        x = self._innermost(x, before, passage)
         for up, (joined, skip, up_out) in zip(self.ups, reversed(skips), strict=True):
-            y = up(x, rng, up_out)
+            y = up(x, rng, up_out, before=passage)
+            passage = None  # what follows reads skips as well
             x = Join.apply(*((skip, y) if self.skip_first else (y, skip)), (joined,))
         return conv_transpose2d(x, self.last.weight)
 
-    def _innermost(self, x: Tensor) -> Tensor:
+    def _innermost(self, x: Tensor, before: Passage | None, after: Passage | None) -> Tensor:
         """At batch 1 the tutorial's bottleneck is the constant LeakyReLU(beta).
 
         The convolution below it runs for the running statistics only. Its weight has no gradient then,
@@ -130,7 +135,8 @@ class UNetGenerator(nn.Module):
         """
         down = self.downs[-1]
         n, _, h, w = x.shape
-        return down(x, train_conv=not down.epilogue.ignores(n, h // 2, w // 2))
+        learns = not down.epilogue.ignores(n, h // 2, w // 2)
+        return down(x, train_conv=learns, before=before, after=after)
 
     def forward(self, source: Tensor) -> Tensor:
         """Translate ``source`` (N, in_channels, H, W); raises UserError for a size that does not fit."""

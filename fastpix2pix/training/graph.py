@@ -93,8 +93,8 @@ class CapturedStep:
         if self.failure is not None:
             return self.step(source, target)
         captured = self._captured[_key(source, target)]
-        captured.source.copy_(source, non_blocking=True)
-        captured.target.copy_(target, non_blocking=True)
+        slots = [captured.source, captured.target]
+        torch._foreach_copy_(slots, [source, target], non_blocking=True)  # one launch
         self.step.upload_lr()
         captured.replay()
         self.step.fake = captured.fake

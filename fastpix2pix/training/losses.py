@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpix2pix.kernels.loss_row import LossTerms, write_loss_row
+
 
 class Losses(NamedTuple):
     """Scalar tensors on the training device; it is reading a value that waits for the step.
@@ -31,10 +33,8 @@ class LossRing:
         self.rows = torch.zeros(capacity, len(Losses._fields), device=device)
         self.written = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def write(self, losses: Losses) -> None:
-        row = torch.stack([loss.to(self.rows.dtype) for loss in losses]).unsqueeze(0)
-        self.rows.index_copy_(0, self.written % len(self.rows), row)
-        self.written.add_(1)
+    def write(self, terms: LossTerms, lambda_l1: Tensor) -> None:
+        write_loss_row(self.rows, self.written, terms, lambda_l1)
 
     def row(self, step: int) -> Losses:
         """The losses of the step numbered ``step`` from 0, as views of the ring."""

@@ -35,7 +35,7 @@ class Judged:
     def l1(self) -> Tensor:
         """The loss beside the GAN's, taken when first asked for, which is when the outputs are there."""
         if self._l1 is None:
-            self._l1 = self._loss(self)
+            self._l1 = self._loss(self).to(compute_dtype(self.fake.dtype))
         return self._l1
 
 

@@ -9,6 +9,7 @@ from fastpix2pix.presets import Preset, PresetName, find_preset
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 GanMode = Literal["vanilla", "lsgan"]
+DeepConv = Literal["auto", "triton", "library"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class StepOptions:
     weight of the L1 loss beside the GAN loss. lr, beta1: of both Adams. precision: the type that the networks
     compute in; None leaves it to ``prepare_step``, which takes the best one for the device, while a
     ``TrainStep`` of its own computes in the type that the networks have. print_freq: how many steps' losses
-    stay readable on the device.
+    stay readable on the device. deep_conv: which convolutions ``prepare_step`` chooses for the deep layers on
+    a GPU: our kernels, the library's, or for each product the faster one.
 
     Raises UserError, which calls fields by their flags, for a value that no training can use.
     """
@@ -31,6 +33,7 @@ class StepOptions:
     beta1: float = 0.5
     precision: Precision | None = None
     print_freq: int = 100
+    deep_conv: DeepConv = "auto"
 
     def __post_init__(self) -> None:
         find_preset(self.preset)
@@ -38,6 +41,8 @@ class StepOptions:
             raise UserError(f"--gan_mode {self.gan_mode}: choose vanilla or lsgan")
         if self.precision not in (None, "bf16", "fp16", "tf32", "fp32"):
             raise UserError(f"--precision {self.precision}: choose bf16, fp16, tf32 or fp32")
+        if self.deep_conv not in ("auto", "triton", "library"):
+            raise UserError(f"--deep_conv {self.deep_conv}: choose auto, triton or library")
         for field in ("lr", "lambda_L1"):
             value = getattr(self, field)
             if not (math.isfinite(value) and value >= 0):

@@ -43,7 +43,12 @@ class Backward(NamedTuple):
 
 
 class Players(Protocol):
-    """Generator and discriminator, as an update rule sees them."""
+    """Generator and discriminator, as an update rule sees them.
+
+    logit_bias: the discriminator's last bias, where it is for the loss to add to the logits.
+    """
+
+    logit_bias: nn.Parameter | None
 
     def draw(self, source: Tensor, target: Tensor) -> Drawn:
         """The generated image for ``source`` and its L1 distance from ``target``."""
@@ -73,6 +78,7 @@ class FusedPlayers:
 
     def __init__(self, generator: UNetGenerator, discriminator: PatchDiscriminator, *, real_first: bool):
         self.generator, self.discriminator, self.real_first = generator, discriminator, real_first
+        self.logit_bias: nn.Parameter = discriminator.last.bias
 
     def draw(self, source: Tensor, target: Tensor) -> Drawn:
         n, c, h, w = source.shape
@@ -84,11 +90,11 @@ class FusedPlayers:
         )
         first, second = slice(0, n), slice(n, 2 * n)
         real_rows, fake_rows = (first, second) if self.real_first else (second, first)
-        pairs[first, :c] = source
-        pairs[second, :c] = source
-        pairs[real_rows, c:] = target
+        pairs.unflatten(0, (2, n))[:, :, :c] = source  # beside both, in one copy
         before_tanh = self.generator.before_tanh(source)
-        fake, l1 = tanh_l1(before_tanh, self.generator.last.bias, target, out=pairs[fake_rows, c:])
+        fake, l1 = tanh_l1(
+            before_tanh, self.generator.last.bias, target, pairs[fake_rows, c:], pairs[real_rows, c:]
+        )
         return Drawn(source, target, fake, l1, pairs, fake_rows)
 
     def logits_of_both(self, drawn: Drawn, *, through_fake: bool) -> tuple[Tensor, Tensor]:
@@ -105,6 +111,13 @@ class FusedPlayers:
     gan_target_loss = staticmethod(gan_target_loss)
 
     def backward(self, paths: Sequence[Backward]) -> None:
+        bias = self.logit_bias
+        if not bias._backward_hooks and not bias._post_accumulate_grad_hooks:
+            # Autograd would copy a gradient that others hold too.
+            for path in paths:
+                if path.output is bias:
+                    bias.grad = path.gradient
+            paths = [path for path in paths if path.output is not bias]
         torch.autograd.backward(
             [path.output for path in paths],
             [path.gradient for path in paths],
@@ -127,6 +140,7 @@ class ModulePlayers:
         self.generator, self.discriminator, self.real_first = generator, discriminator, real_first
         self.objective = Objective() if objective is None else objective
         self._sizes: list[int] = []  # of the maps
+        self.logit_bias = None
 
     def draw(self, source: Tensor, target: Tensor) -> Judged:
         return Judged(source, target, self.generator(source), self.objective.image_loss)
@@ -160,8 +174,9 @@ class ModulePlayers:
 
     def gan_loss(self, logits: Tensor, **rule: Any) -> GanLoss:
         """Sums over maps; the gradients side by side again."""
-        losses, *gradients = zip(*(gan_loss(part, **rule) for part in self._maps(logits)), strict=True)
-        return GanLoss(_sum(losses), *(torch.cat(some, 1) for some in gradients))
+        made = [gan_loss(part, **rule) for part in self._maps(logits)]
+        gradients = (torch.cat([getattr(one, name) for one in made], 1) for name in ("disc_grad", "gen_grad"))
+        return GanLoss(_sum([one.losses for one in made]), *gradients)
 
     def gan_target_loss(self, logits: Tensor, real: bool, **rule: Any) -> tuple[Tensor, Tensor]:
         made = (gan_target_loss(part, real, **rule) for part in self._maps(logits))
@@ -180,7 +195,7 @@ class ModulePlayers:
             own = [path for path in paths if path.optimizer is optimizer]
             torch.autograd.backward(
                 [path.output for path in own],
-                [path.gradient.to(path.output.dtype) for path in own],
+                [path.gradient for path in own],
                 inputs=list(optimizer.parameters()),
                 retain_graph=optimizer is not optimizers[-1],
             )

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from fastpix2pix.errors import UserError
+from fastpix2pix.kernels.deep_conv import has_fp32_precision
 from fastpix2pix.training.options import Precision
 
 WORKING_TYPES: dict[Precision, torch.dtype] = {
@@ -44,25 +45,14 @@ def cpu_multiplies_bf16_matrices() -> bool:
 # after somebody has set only the newer raises RuntimeError, so both are set, and the newer one is read.
 
 
-def _has_fp32_precision() -> bool:
-    return hasattr(torch.backends.cudnn, "conv")
-
-
 def set_float32_math(precision: str) -> None:
     """Let float32 convolutions use tf32 tensor cores for precision "tf32" alone; search for the best ones."""
     tf32 = precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
-    if _has_fp32_precision():
+    if has_fp32_precision():
         # cudnn.rnn too: the older interface stands for both, and refuses to be read where they differ.
         cudnn: Any = torch.backends.cudnn  # conv and rnn are made while running
         for library in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn):
             library.fp32_precision = "tf32" if tf32 else "ieee"
     torch.backends.cudnn.benchmark = True
-
-
-def float32_convolutions_use_tf32() -> bool:
-    """What this process has set for float32 convolutions on a GPU, through whichever interface."""
-    if _has_fp32_precision():
-        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return torch.backends.cudnn.allow_tf32

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from fastpix2pix.host_memory import keep_freed_memory
-from fastpix2pix.kernels import launch
+from fastpix2pix.kernels import deep_conv, launch
 from fastpix2pix.kernels.language import HAS_TRITON
+from fastpix2pix.kernels.launch import Launch
 from fastpix2pix.kernels.precompile import precompile
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
+from fastpix2pix.training.deep_choice import FIRST_CAPABILITY, ColdTimer, choose, problems_of
 from fastpix2pix.training.diagnosis import explain
 from fastpix2pix.training.graph import CapturedStep
 from fastpix2pix.training.losses import Losses
@@ -35,13 +37,14 @@ class PreparedStep:
     """A step, how to run it, and what was resolved.
 
     step: holds networks, optimizers and losses. run: ``losses = run(source, target)``, captured or eager.
-    device, precision: as chosen.
+    device, precision: as chosen. deep_conv: who computes the deep layers' convolutions, in words.
     """
 
     step: TrainStep
     run: Callable[[Tensor, Tensor], Losses]
     device: torch.device
     precision: Precision
+    deep_conv: str = "library"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,6 +73,7 @@ class PreparedStep:
             "precision": self.precision,
             "cuda_graph": graph,
             "kernels": "Triton" if triton else "PyTorch",
+            "deep_conv": self.deep_conv if triton else "library",
         }
 
 
@@ -80,13 +84,13 @@ def compile_kernels(
     image_size: int,
     batch_sizes: Sequence[int],
     say: Callable[[str], None],
-) -> None:
+) -> list[Launch]:
     """Compile what a step of every batch size launches, in parallel and once a machine, and say so.
 
-    Whatever fails here fails again at the launch, where the self-check sees it.
+    Whatever fails here fails again at the launch, where the self-check sees it. Returns the launches.
     """
     if not (HAS_TRITON and launch.kernels_on_gpu):
-        return
+        return []
     launches = [
         one
         for batch_size in sorted({1, *batch_sizes})
@@ -102,9 +106,26 @@ def compile_kernels(
         compiled = precompile(launches, torch.cuda.get_device_capability(device), progress=progress)
     except OSError as error:
         say(f"  not compiled beforehand, so the first step takes longer: {explain(error)}")
-        return
+        return launches
     if compiled:
         say(f"  {compiled} compiled in {time.perf_counter() - began:.1f} s")
+    return launches
+
+
+def choose_deep_convolutions(
+    launches: Sequence[Launch], options: StepOptions, device: torch.device, say: Callable[[str], None]
+) -> str:
+    """Measure who computes the deep layers' convolutions, and let ``kernels.deep_conv`` know; in words."""
+    problems = problems_of(launches)
+    if not problems:
+        return "library"
+    try:
+        choice = choose(problems, options.deep_conv, device, ColdTimer(device), say)
+    except Exception as error:  # no memory for the measurement, for instance
+        say(f"deep convolutions: the library's, for they could not be measured: {explain(error)}")
+        return "library"
+    deep_conv.chosen = choice.chosen
+    return str(choice)
 
 
 def prepare_step(
@@ -123,7 +144,8 @@ def prepare_step(
 
     The networks are moved there. ``options.precision`` None becomes the best for the device, how float32 is
     computed is set, a CPU process keeps its freed memory. On a GPU the kernels for ``batch_sizes`` images of
-    ``image_size`` pixels a side are compiled in parallel; then (``check``) the step is held against its
+    ``image_size`` pixels a side are compiled in parallel and the deep layers' convolutions are chosen; then
+    (``check``) the step is held against its
     reference on one image, and what does not work is given up (``verify_or_fall_back``); with ``graph`` it is
     captured when it first runs, or by ``capture``.
 
@@ -131,11 +153,14 @@ def prepare_step(
     """
     precision = choose_precision(options.precision, device)
     options = replace(options, precision=precision)
-    on_gpu = device.type == "cuda"
+    on_gpu, deep = device.type == "cuda", "library"
     if on_gpu:
         set_float32_math(precision)
         networks = Networks(generator, discriminator)
-        compile_kernels(networks, options, device, image_size, batch_sizes, say)
+        reached = torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
+        deep_conv.offered, deep_conv.chosen = reached and options.deep_conv != "library", {}
+        launches = compile_kernels(networks, options, device, image_size, batch_sizes, say)
+        deep = choose_deep_convolutions(launches, options, device, say)
         if check:
             graph = verify_or_fall_back(
                 lambda captured: compare_with_reference(
@@ -149,4 +174,4 @@ def prepare_step(
     else:
         keep_freed_memory()
     step = TrainStep(generator.to(device), discriminator.to(device), options)
-    return PreparedStep(step, CapturedStep(step) if on_gpu and graph else step, device, precision)
+    return PreparedStep(step, CapturedStep(step) if on_gpu and graph else step, device, precision, deep)

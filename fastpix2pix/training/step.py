@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpix2pix.kernels.adam import LARGE
+from fastpix2pix.kernels.loss_row import LossTerms
 from fastpix2pix.kernels.reference import GanLoss, compute_dtype
 from fastpix2pix.models.blocks import set_working_type
 from fastpix2pix.training.losses import Losses, LossRing
@@ -91,10 +92,10 @@ class TrainStep:
     def body(self, source: Tensor, target: Tensor) -> None:
         """The step as the device sees it: it talks to the host nowhere, so it can be captured."""
         update = self._simultaneous if self.rule.simultaneous else self._alternating
-        losses = update(source, target)
+        terms = update(source, target)
         if self.loss_scale is not None:
             self.loss_scale.update()
-        self.ring.write(losses)
+        self.ring.write(terms, self.lambda_l1)
 
     def stepped(self) -> Losses:
         """Count a step whose body has run, or been replayed, and return its losses."""
@@ -134,36 +135,40 @@ class TrainStep:
 
     # ----------------------------------------------------------------------------------- update rules
 
-    def _simultaneous(self, source: Tensor, target: Tensor) -> Losses:
+    def _simultaneous(self, source: Tensor, target: Tensor) -> LossTerms:
         """The tutorial's: both gradients at the same weights, one forward pass of D over the fake image."""
         drawn = self._draw(source, target)
         logits, fake_logits = self.players.logits_of_both(drawn, through_fake=True)
         gan = self._gan_loss(logits)
         self._update(
-            Backward(logits, gan.disc_grad, self.disc_optimizer),
+            *self._disc_paths(logits, gan),
             Backward(fake_logits, gan.gen_grad, self.gen_optimizer),
             Backward(drawn.l1, self._l1_gradient, self.gen_optimizer),
         )
         disc, gen, real, fake = gan.losses.unbind()
-        return self._losses(gen, drawn.l1, disc, real, fake)
+        return LossTerms(gen, drawn.l1.detach(), disc, real, fake)
 
-    def _alternating(self, source: Tensor, target: Tensor) -> Losses:
+    def _alternating(self, source: Tensor, target: Tensor) -> LossTerms:
         """junyanz's: D steps on the image, then G against the new D."""
         drawn = self._draw(source, target)
         logits, _ = self.players.logits_of_both(drawn, through_fake=False)
         gan = self._gan_loss(logits)
-        self._update(Backward(logits, gan.disc_grad, self.disc_optimizer))
+        self._update(*self._disc_paths(logits, gan))
 
         fake_logits = self.players.logits_of_fake(drawn)
         gen, gen_grad = self.players.gan_target_loss(
-            fake_logits.detach(), True, mode=self.options.gan_mode, scale=self._scale
+            fake_logits.detach(),
+            True,
+            mode=self.options.gan_mode,
+            bias=self._logit_bias,
+            scale=self._scale,
         )
         self._update(
             Backward(fake_logits, gen_grad, self.gen_optimizer),
             Backward(drawn.l1, self._l1_gradient, self.gen_optimizer),
         )
         disc, _, real, fake = gan.losses.unbind()
-        return self._losses(gen, drawn.l1, disc, real, fake)
+        return LossTerms(gen, drawn.l1.detach(), disc, real, fake)
 
     def _draw(self, source: Tensor, target: Tensor) -> Drawn:
         drawn = self.players.draw(source, target)
@@ -176,8 +181,20 @@ class TrainStep:
             mode=self.options.gan_mode,
             real_first=self.rule.real_first,
             disc_factor=self.rule.disc_factor,
+            bias=self._logit_bias,
             scale=self._scale,
         )
+
+    def _disc_paths(self, logits: Tensor, gan: GanLoss) -> list[Backward]:
+        paths = [Backward(logits, gan.disc_grad, self.disc_optimizer)]
+        if gan.bias_grad is not None:
+            paths.append(Backward(self.players.logit_bias, gan.bias_grad, self.disc_optimizer))
+        return paths
+
+    @property
+    def _logit_bias(self) -> Tensor | None:
+        bias = self.players.logit_bias
+        return None if bias is None else bias.detach()
 
     @property
     def _scale(self) -> Tensor | None:
@@ -187,10 +204,6 @@ class TrainStep:
     def _l1_gradient(self) -> Tensor:
         """The gradient of the total loss by the L1 loss."""
         return self.lambda_l1 if self.loss_scale is None else self.lambda_l1 * self.loss_scale.scale
-
-    def _losses(self, gen: Tensor, l1: Tensor, disc: Tensor, real: Tensor, fake: Tensor) -> Losses:
-        l1 = l1.detach()
-        return Losses(gen + self.lambda_l1 * l1, gen, l1, disc, real, fake)
 
     # ----------------------------------------------------------------------------------------- updates
 

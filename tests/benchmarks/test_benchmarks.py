@@ -23,6 +23,8 @@ from benchmarks.variants import RunningVariant, StepVariant, all_variants
 from benchmarks.workload import Workload
 from fastpix2pix.errors import UserError
 from fastpix2pix.kernels import launch
+from fastpix2pix.kernels.norm_act import norm_act_forward
+from fastpix2pix.kernels.reference import NormActConfig
 from fastpix2pix.models import build_networks
 from fastpix2pix.training.step import TrainStep
 
@@ -59,6 +61,46 @@ def test_the_peers_losses_are_ours(preset, batch_size):
             for name, loss in expected.items():
                 # The ring that our losses come from is float32.
                 torch.testing.assert_close(losses[name].float(), loss, rtol=2e-6, atol=0)
+
+
+def test_a_peer_that_does_not_compile_runs_eagerly(monkeypatch, capsys):
+    def refusing(network, *, options):
+        assert options["max_autotune"] and options["triton.cudagraphs"]
+        for name in ("max_autotune_conv_bwd_weight_backends", "max_autotune_conv_bwd_input_backends"):
+            assert not hasattr(torch._inductor.config, name) or options[name] == "ATEN,TRITON"
+
+        def fail(*images):
+            raise RuntimeError("no compiler here\nand much more")
+
+        return fail
+
+    workload = miniature("tutorial")
+    pair = workload.pairs(1)[0]
+    networks = build_networks(workload.network_options())
+    expected = PeerStep(workload).load_ours(*networks)(*pair)
+    monkeypatch.setattr(torch, "compile", refusing)
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    peer = PeerStep(workload, Tuning(compiled=True)).load_ours(*networks)
+    assert peer(*pair) == expected
+    assert capsys.readouterr().out == "torch.compile gave up, so this runs eagerly: no compiler here\n"
+    peer(*pair)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["tutorial", "junyanz"])
+def test_a_compiled_peer_computes_the_same(preset, monkeypatch, capsys):
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    workload = miniature(preset)
+    networks = build_networks(workload.network_options())
+    expected, compiled = (
+        PeerStep(workload, Tuning(compiled=compiled)).load_ours(*networks) for compiled in (False, True)
+    )
+    for pair in workload.pairs(2):
+        losses = compiled(*pair)
+        for name, loss in expected(*pair).items():
+            torch.testing.assert_close(losses[name], loss, rtol=1e-4, atol=0)
+    assert not capsys.readouterr().out, "it did compile"
 
 
 def test_dropout_of_the_peers():
@@ -162,12 +204,13 @@ def test_operands_and_movement():
         x[0].mul_(x[1])  # slices are operands of their own
         torch.empty(1000)
         y + y  # one operand, used twice
+        torch._foreach_copy_([y, x], [z, x.clone()])  # written only, each
 
-    names = ["add_", "add", "copy_", "mul_", "add"]
+    names = ["add_", "add", "copy_", "mul_", "add", "clone", "_foreach_copy_"]
     entries = traced(body)
     assert [entry.name for entry in entries] == names
-    assert [entry.operands for entry in entries] == [2000, 6000, 4000, 2000, 4000]
-    assert [entry.moved for entry in entries] == [4000, 6000, 4000, 3000, 4000]
+    assert [entry.operands for entry in entries] == [2000, 6000, 4000, 2000, 4000, 4000, 8000]
+    assert [entry.moved for entry in entries] == [4000, 6000, 4000, 3000, 4000, 4000, 8000]
 
 
 def test_convolutions_are_counted_and_not_computed():
@@ -377,6 +420,64 @@ def test_model_of_a_step():
     assert roofline.eager_seconds(step, 1e8, 1e7) == pytest.approx(operators)
 
 
+def launch_entry(moved=0, *, programs=None, warps=8, trips=1, aside=False, launches=1, flops=0):
+    grid = None if programs is None else traffic.Grid(programs, warps, trips)
+    return traffic.Entry("x", "other", 0, moved, flops, launches, grid, aside)
+
+
+GPU = roofline.Gpu(bandwidth=100, l2=1000, multiprocessors=10, flops={})
+
+
+def microseconds(entry):
+    return 1e6 * roofline.launch_seconds(entry, GPU, 1e12)
+
+
+def test_latency_of_a_launch():
+    """Ten multiprocessors, two programs of eight warps on each; 100 GB/s of memory, 1000 of the L2 cache."""
+    node, trip = roofline.NODE_US, roofline.TRIP_US
+    assert microseconds(launch_entry()) == pytest.approx(node + trip)
+    assert microseconds(launch_entry(launches=2)) == pytest.approx(2 * node + trip)
+    assert microseconds(launch_entry(10**6)) == pytest.approx(node + 10)
+    assert microseconds(launch_entry(10**6, flops=20 * 10**6)) == pytest.approx(node + 20)
+    assert microseconds(launch_entry(programs=20, trips=3)) == pytest.approx(node + 3 * trip)
+    assert microseconds(launch_entry(programs=21, trips=3)) == pytest.approx(node + 6 * trip), "two waves"
+    assert microseconds(launch_entry(programs=21, warps=4)) == pytest.approx(node + trip)
+    assert microseconds(launch_entry(programs=11, warps=32)) == pytest.approx(node + 2 * trip)
+    # One of ten multiprocessors takes a tenth of what the cache gives, ten take less time than memory.
+    assert microseconds(launch_entry(10**6, programs=1)) == pytest.approx(node + trip + 10)
+    assert microseconds(launch_entry(10**6, programs=10)) == pytest.approx(node + 10)
+
+
+def test_a_second_stream_hides_what_is_shorter():
+    """Of the launches from the first one aside on, in nodes and trips: 2 and 1, then the bus decides."""
+    one = 1e-6 * (roofline.NODE_US + roofline.TRIP_US)
+
+    def seconds(entries, overlap=True):
+        return roofline.latency_seconds(entries, GPU, 1e12, overlap=overlap) / one
+
+    here, aside = launch_entry(), launch_entry(aside=True)
+    step = [here, here, aside, here, here]
+    assert seconds(step, overlap=False) == pytest.approx(5)
+    assert seconds(step) == pytest.approx(2 + 2)
+    assert seconds([here, aside, aside, here]) == pytest.approx(1 + 2)
+    assert seconds([here, here]) == pytest.approx(2)
+    heavy = 10**8  # bytes: 1 ms each, on one bus
+    both = [launch_entry(heavy, aside=True), launch_entry(heavy)]
+    assert 1e3 * roofline.latency_seconds(both, GPU, 1e12, overlap=True) == pytest.approx(2)
+
+
+def test_one_layer_counted_by_hand():
+    """bf16, 16x16 pixels of 512 channels: x, y and skip; weight, bias and running statistics read, these
+    last and the saved ones written, float32."""
+    x = torch.zeros(1, 512, 16, 16, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    rows = torch.zeros(4, 512).unbind()
+    config = NormActConfig(slope=0.3, skip_slope=0.3)
+    (entry,) = traced(lambda: norm_act_forward(x, *rows, None, config))
+    assert entry.moved == 3 * 2 * 16 * 16 * 512 + 8 * 4 * 512
+    assert entry.operands == entry.moved - 2 * 4 * 512
+    assert entry.grid == traffic.Grid(programs=32, warps=8, trips=1)
+
+
 def test_measured_rates(monkeypatch):
     """A clock that shows a second more whenever it is read: operations are divided by what passed."""
     ticks = iter(range(1000))
@@ -410,22 +511,46 @@ def test_committed_results_describe_themselves_and_no_machine():
 
 
 def test_a_modelled_time_is_called_so():
-    rows = {
-        who: {"operators": 3, "operands_gb": 1.0, "device_ms": 1.0, "ms": 2.0}
-        for who in ("plain PyTorch", "tuned PyTorch", "fastpix2pix")
+    numbers = {
+        "operators": 3,
+        "launches": 4,
+        "operands_gb": 1.0,
+        "moved_gb": 1.5,
+        "device_ms": 1.0,
+        "ms": 2.0,
     }
+    numbers |= {"latency_ms": 3.0, "overlapped_ms": 2.5}
+    peers = "plain PyTorch", "tuned PyTorch", "tuned PyTorch, in CUDA graphs"
+    rows = dict.fromkeys((*peers, "fastpix2pix"), numbers)
     result = {
         "what": "roofline",
         "conditions": {"preset": "tutorial", "batch_size": 1, "pixels": 256},
-        "assumed": {"eager_operator_us": 8.0, "captured_launch_us": 1.5},
+        "assumed": {
+            "eager_operator_us": 8.0,
+            "captured_launch_us": 1.5,
+            "node_us": 2.0,
+            "trip_us": 0.7,
+            "resident_warps": 16,
+        },
+        "ladder": {"H100": [{"rung": "+ a graph", "operators": 3, "moved_gb": 1.5, "ms": 2.0}]},
         "model": {name: {"sixteen": gpu.sixteen, "steps": rows} for name, gpu in roofline.GPUS.items()},
     }
     lines = render.section([result]).splitlines()
-    (header,) = (line for line in lines if "H100" in line)
-    assert header.count(", ms (model)") == len(roofline.GPUS)
+    headers = [line for line in lines if "H100" in line]
+    assert [header.count("ms (model)") for header in headers] == [len(roofline.GPUS)] * 2 + [1]
+    assert "| + a graph | 3 | 1.50 | 2.00 |" in lines
+    assert (
+        "| tutorial, batch 1, 256x256: **fastpix2pix** | 3 | 1.00 | 1.50 | 2.00 | 2.00 | 2.00 | 2.00 |"
+        in lines
+    )
+    assert "| tutorial, batch 1, 256x256: **fastpix2pix** | 4 | 3.00 | 3.00 | 3.00 | 3.00 |" in lines
+    beside = "| tutorial, batch 1, 256x256: **fastpix2pix**, second stream | 4 | 2.50 | 2.50 | 2.50 | 2.50 |"
+    assert beside in lines
     assert "Nothing here was measured on a GPU yet." in lines
-    assert "A model, not a measurement, puts a step" in " ".join(render.summary([result]).split())
-    assert all(title.startswith("model: ") for title, _ in render.ladders([result]))
+    summary = " ".join(render.summary([result]).split())
+    assert "A model, not a measurement, with latency, puts a step" in summary
+    assert "256x256 on an H100 at 3.00 ms (2.50 ms if its second stream never has to wait)" in summary
+    assert all(title.startswith("model with latency: ") for title, _ in render.ladders([result]))
 
 
 def test_a_gpu_that_was_measured_is_named():

@@ -243,7 +243,7 @@ def test_every_flag_has_its_kind():
 
     free = set(vars(TrainConfig())) - {*ARCHITECTURE, *BEGINNING, *NOT_OF_THE_RUN, *TASK}
     names = """name checkpoints_dir batch_size no_dropout lambda_L1 lr beta1 steps n_epochs n_epochs_decay
-        device precision no_graph seed loader threads num_threads cache print_freq display_freq
+        device precision no_graph deep_conv seed loader threads num_threads cache print_freq display_freq
         save_latest_freq keep_checkpoints lr_policy lr_decay_iters save_epoch_freq serial_batches use_wandb
         wandb_project_name"""
     assert free == {*names.split()}

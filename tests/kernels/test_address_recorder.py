@@ -8,7 +8,7 @@ import torch
 from address_recorder import Recording, in_order, recorded
 from small_steps import small_step
 
-from fastpix2pix.kernels import adam, language, launch
+from fastpix2pix.kernels import adam, deep_conv, language, launch
 from fastpix2pix.kernels.language import tl, triton
 from fastpix2pix.kernels.norm_act import norm_act
 from fastpix2pix.kernels.reference import NormActConfig
@@ -185,3 +185,37 @@ def test_programs_that_find_infinities_keep_to_themselves(triton_device):
     assert found.item() == 1.0
     assert recording.programs > 5
     assert_clean(recording)
+
+
+# ---------------------------------------------------------------------------------- deep convolutions
+
+
+def deep_products(n: int, h: int, w: int) -> list[torch.Tensor]:
+    """All three products; the big image is a slice of a wider one."""
+    random = torch.Generator().manual_seed(0)
+
+    def image(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random).contiguous(memory_format=torch.channels_last)
+
+    small, wide, weight = image(n, 35, h, w), image(n, 48, 2 * h, 2 * w), image(35, 32, 4, 4)
+    return [
+        deep_conv.deep_conv_small(wide[:, 16:], weight),
+        deep_conv.deep_conv_big(small, weight),
+        deep_conv.deep_conv_weight(small, wide[:, 16:]),
+    ]
+
+
+@pytest.mark.parametrize("n, h, w, splits", [(1, 1, 1, 1), (2, 3, 2, 3)])
+def test_programs_of_deep_convolutions_touch_nothing_of_each_others(
+    triton_device, monkeypatch, n, h, w, splits
+):
+    monkeypatch.setattr(deep_conv, "choose_splits", lambda *_, **__: splits)
+    with recorded() as recording:
+        results = deep_products(n, h, w)
+    assert_clean(recording)
+    assert set(recording.launches) >= {"deep_conv_to_small", "deep_conv_to_big", "deep_conv_to_weight"}
+    assert ("deep_conv_add" in recording.launches) == (splits > 1)
+    with in_order(lambda count: range(count - 1, -1, -1)):
+        backwards = deep_products(n, h, w)
+    for mine, theirs in zip(results, backwards, strict=True):
+        assert torch.equal(mine, theirs)

@@ -49,6 +49,44 @@ def check_norm_act(rows: list[dict]) -> None:
         assert row["occupancy"] * report.MULTIPROCESSORS[row["arch"]].warps >= row["num_warps"], row
 
 
+def check_deep_conv(rows: list[dict]) -> None:
+    rows = [row for row in rows if row["kernel"].startswith("deep_conv_to")]
+    assert len({row["kernel"] for row in rows}) >= 2 and min(row["arch"] for row in rows) >= 80
+    for row in rows:
+        assert row["stack"] == 0, row
+        assert row["num_warps"] == 4, row
+        assert row["load_bits"] == row["store_bits"] == 128, row
+        assert row["registers"] <= 128, row
+        if row["dtype"] != "fp32":
+            newest = {90: "wgmma", 100: "tcgen05"}.get(row["arch"], "mma")
+            assert row["tensor_cores"] == newest, row
+
+
+# The smallest tile, which is the most latency-bound layer's, and the largest one.
+DEEP_LAYERS = (
+    "deep_conv_to_small tutorial 2x2x512",
+    "deep_conv_to_big tutorial 2x2x512",
+    "deep_conv_to_big tutorial 16x16x512",
+)
+
+
+def test_deep_convolutions_stream_weights_into_the_newest_tensor_cores(tmp_path):
+    rows = compile_all(tmp_path / "rows.json", [80, 90, 100], ["bf16"], DEEP_LAYERS)
+    check_deep_conv(rows)
+    assert all(row["registers"] <= 80 for row in rows if " 2x2x512" in row["label"]), rows
+
+
+def test_deep_convolutions_are_not_reported_on_where_they_are_not_used(tmp_path):
+    """Beside them there are kernels for every architecture."""
+    layers = [DEEP_LAYERS[0], "gan_loss_target junyanz"]
+    rows = compile_all(tmp_path / "rows.json", [75, 80], ["bf16"], layers)
+    assert {(row["kernel"], row["arch"]) for row in rows} == {
+        ("deep_conv_to_small", 80),
+        ("gan_loss_target", 75),
+        ("gan_loss_target", 80),
+    }
+
+
 # A layer of each regime, the first with a skip connection and the second with dropout: all six kernels.
 LAYERS = (
     "norm_act_statistics tutorial 64x64x128",
@@ -69,7 +107,60 @@ def test_kernels_compile_in_fp32(tmp_path):
 def test_every_layer_compiles_for_all_gpus_in_all_types(tmp_path):
     rows = compile_all(tmp_path / "rows.json", ARCHITECTURES, list(report.DTYPES))
     check_norm_act(rows)
+    check_deep_conv(rows)
     assert not [row for row in rows if row["stack"]]
+
+
+SPLIT_LAUNCHES = """
+import torch
+from fastpix2pix.kernels.launch import observed
+from fastpix2pix.kernels.norm_act import norm_act_backward, norm_act_forward
+from fastpix2pix.kernels.reference import NormActConfig
+
+def some(precision, layers):
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    config = NormActConfig(slope=0.2, skip_slope=0.3, dropout=0.5)
+    rng = torch.empty(2, dtype=torch.int64, device="meta")
+    seen = []
+    for side, channels, splits in layers:
+        x, dskip = torch.empty(2, 1, side, side, channels, dtype=dtype, device="meta").movedim(-1, 2)
+        sums = torch.empty(splits, side**2, channels, device="meta")
+        row = torch.empty(channels, device="meta")
+        with observed(seen.append, run=False):
+            y = norm_act_forward(x, row, row, row, row, rng, config, partials=sums)
+            saved = x, row, row, y.mean, y.rstd, rng, config
+            norm_act_backward(None, dskip, *saved, dy_partials=sums)
+    return [(f"launch {i}", launch) for i, launch in enumerate(seen)]
+
+def one(precision):
+    return some(precision, [(4, 512, 16)])
+
+def every(precision):
+    return some(precision, [(1, 512, 32), (2, 512, 32), (8, 512, 16), (16, 512, 8), (32, 256, 8)])
+"""
+
+
+def compile_split(folder: Path, which: str, architectures, dtypes) -> list[dict]:
+    (folder / "split.py").write_text(SPLIT_LAUNCHES)
+    numbers = "--arch", *map(str, architectures), "--dtype", *dtypes
+    file = folder / "rows.json"
+    done = command("--launches", f"split:{which}", "--json", str(file), *numbers, PYTHONPATH=str(folder))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())
+    assert {row["kernel"] for row in rows} == {"norm_act_forward_whole", "norm_act_backward_whole"}
+    return rows
+
+
+def test_partial_sums_are_read_without_spills(tmp_path):
+    for row in compile_split(tmp_path, "one", (75, 90), ["bf16"]):
+        assert row["stack"] == 0 and row["load_bits"] == 128, row
+
+
+@pytest.mark.slow
+def test_partial_sums_are_read_without_spills_on_all_gpus(tmp_path):
+    for row in compile_split(tmp_path, "every", ARCHITECTURES, ["bf16", "fp32"]):
+        assert row["stack"] == 0 and row["load_bits"] == 128, row
+        assert row["occupancy"] * report.MULTIPROCESSORS[row["arch"]].warps >= row["num_warps"], row
 
 
 def test_refuses_to_report_on_interpreted_kernels():

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from rounding import RTOL
 from torch.nn import functional as F
 
-from fastpix2pix.kernels import deep_conv, reference
+from fastpix2pix.kernels import deep_conv, language, launch, reference
 from fastpix2pix.kernels.norm_act import norm_act
 from fastpix2pix.kernels.reference import NormActConfig
 
@@ -151,3 +152,221 @@ def test_a_layer_is_deep_by_its_pixels_and_weights(n, h, w, weights, transposed,
     x = torch.empty(n, 16, h, w, device="meta")
     weight = torch.empty(weights // 256, 16, 4, 4, device="meta")
     assert deep_conv.is_deep(x, weight, transposed=transposed) is deep
+
+
+# ----------------------------------------------------------------------------------------- the kernels
+
+needs_interpreter = pytest.mark.skipif(not language.HAS_TRITON, reason="Triton is not installed")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SUMMING = 2**-20
+"""Error of a sum in float32, in units of the size that it would have if no terms cancelled."""
+SIZES = [
+    # n, h, w, small channels, big channels
+    (1, 1, 1, 19, 48),  # one pixel: 12 of 16 taps meet only padding
+    (1, 1, 3, 70, 16),  # one row; more than one tile of channels, the last one ragged
+    (2, 3, 2, 5, 80),
+    (3, 2, 4, 33, 16),
+    (1, 9, 9, 17, 32),  # more than one tile of pixels
+    (1, 16, 16, 16, 16),
+]
+PRODUCTS = {
+    "small": (deep_conv.deep_conv_small, reference.deep_conv_small),
+    "big": (deep_conv.deep_conv_big, reference.deep_conv_big),
+    "weight": (deep_conv.deep_conv_weight, reference.deep_conv_weight),
+}
+
+
+def check_product(product: str, precision: str, size: tuple, device: str) -> list[launch.Launch]:
+    """One product by its kernels against float64; its launches."""
+    n, h, w, cs, cb = size
+    small, big, weight = (t.to(device) for t in images(n, h, w, cs, cb, DTYPES[precision]))
+    operands = {"small": (big, weight), "big": (small, weight), "weight": (small, big)}[product]
+    mine, plain = PRODUCTS[product]
+    launches = []
+    with launch.observed(launches.append):
+        got = mine(*operands)
+    exact = [t.double() for t in operands]
+    expected, magnitude = plain(*exact), plain(*(t.abs() for t in exact))
+    assert got.dtype == small.dtype and got.shape == expected.shape
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    allowed = RTOL[got.dtype] * expected.abs() + SUMMING * magnitude
+    assert ((got.double() - expected).abs() <= allowed).all()
+    return launches
+
+
+@needs_interpreter
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_are_those_of_the_reference(triton_device, product, size, precision):
+    check_product(product, precision, size, triton_device)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("splits", [3, 4])
+@pytest.mark.parametrize("product", ["small", "big"])
+def test_a_split_sum_is_added_up(triton_device, monkeypatch, product, splits):
+    """Also where the blocks are not shared evenly."""
+    monkeypatch.setattr(deep_conv, "choose_splits", lambda *_, **__: splits)
+    launches = check_product(product, "bf16", (1, 2, 2, 40, 48), triton_device)
+    assert [this.name for this in launches] == [f"deep_conv_to_{product}", "deep_conv_add"]
+    assert launches[0].grid[2] == splits
+
+
+@needs_interpreter
+def test_partial_sums_are_added_in_their_order(triton_device):
+    partials = torch.randn(5, 4, 24, generator=torch.Generator().manual_seed(0)).to(triton_device)
+    image = torch.empty(1, 24, 2, 2, dtype=torch.float16, device=triton_device)
+    image = image.contiguous(memory_format=torch.channels_last)
+    expected = reference.add_partials(partials, image.clone(memory_format=torch.preserve_format))
+    assert torch.equal(deep_conv.add_up(deep_conv.Sums(image, partials)), expected)
+
+
+@needs_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize(
+    "product, size",
+    [
+        ("small", (1, 1, 1, 512, 512)),
+        ("big", (1, 1, 1, 512, 512)),
+        ("small", (1, 2, 2, 1024, 512)),
+        ("big", (2, 4, 4, 512, 256)),
+        ("weight", (3, 2, 2, 512, 512)),
+        ("small", (1, 16, 16, 256, 512)),
+        ("weight", (1, 16, 16, 128, 128)),
+    ],
+    ids=str,
+)
+def test_products_of_full_layers(triton_device, product, size, precision):
+    check_product(product, precision, size, triton_device)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_deep_layer_on_kernels_is_that_on_the_reference(triton_device, monkeypatch, transposed):
+    """Forward with partial sums that norm_act reads, and backward."""
+    monkeypatch.setattr(deep_conv, "choose_splits", lambda *_, **__: 3)
+    small, big, weight = images(1, 2, 2, 24, 32, torch.bfloat16)
+    x, channels = (small, 32) if transposed else (big, 24)
+    config = NormActConfig(slope=0.2, skip_slope=0.5)
+    results, launches = [], []
+    for kernels in (True, False):
+        monkeypatch.setattr(launch, "kernels_on_cpu", kernels and triton_device == "cpu")
+        monkeypatch.setattr(launch, "kernels_on_gpu", kernels)
+        monkeypatch.setattr(deep_conv, "chosen", Always())
+        ones = torch.ones(channels), torch.zeros(channels)
+        inputs = [t.clone().to(triton_device).requires_grad_() for t in (x / 8, weight / 8, *ones)]
+        running = [t.clone().to(triton_device) for t in ones]
+        with launch.observed(launches.append):
+            y = deep_conv.conv_norm_act(*inputs, *running, transposed=transposed, config=config)
+            gradients = [random(*t.shape, dtype=t.dtype, seed=5 + i) for i, t in enumerate(y)]
+            torch.autograd.backward(y, [g.to(triton_device) for g in gradients])
+        results.append([*y, *running, *(t.grad for t in inputs)])
+    forward, back = ("big", "small") if transposed else ("small", "big")
+    assert [this.name for this in launches] == [
+        f"deep_conv_to_{forward}",
+        "norm_act_forward_whole",
+        "norm_act_backward_whole",
+        f"deep_conv_to_{back}",
+        "deep_conv_add",
+        "deep_conv_to_weight",
+    ]
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.05 * theirs.abs().max().item())
+
+
+def two_layers(device: str, *, passage: deep_conv.Passage | None, also_read: bool = False):
+    """Gradients of all that two deep layers in turn read, down and up again."""
+    weights = [random(24, 32, 4, 4, dtype=torch.float16, seed=i).div_(8).to(device) for i in (1, 2)]
+    x = random(1, 32, 4, 4, dtype=torch.float16, seed=3).to(device)
+    affine = [t.to(device) for t in (torch.ones(24), torch.zeros(24), torch.ones(32), torch.zeros(32))]
+    inputs = [t.requires_grad_() for t in (x, *weights, *affine)]
+    x, first, second, *affine = inputs
+    config = NormActConfig(slope=0.2)
+    between = deep_conv.conv_norm_act(x, first, *affine[:2], transposed=False, config=config, after=passage)
+    y = deep_conv.conv_norm_act(between, second, *affine[2:], transposed=True, config=config, before=passage)
+    loss = y.float().square().sum() + (between.float().sum() if also_read else 0.0)
+    loss.backward()
+    return [t.grad for t in inputs]
+
+
+@needs_interpreter
+def test_between_deep_layers_a_gradient_passes_as_partial_sums(triton_device, monkeypatch):
+    monkeypatch.setattr(deep_conv, "choose_splits", lambda *_, **__: 3)
+    monkeypatch.setattr(deep_conv, "chosen", Always())
+    results, adds = [], []
+    for passage in (deep_conv.Passage(), None):
+        launches = []
+        with launch.observed(launches.append):
+            results.append(two_layers(triton_device, passage=passage))
+        adds.append(sum(this.name == "deep_conv_add" for this in launches))
+    assert adds == [1, 2]
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item())
+
+
+@needs_interpreter
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_a_second_reader_of_what_lies_between_deep_layers_is_an_error(triton_device, monkeypatch):
+    monkeypatch.setattr(deep_conv, "choose_splits", lambda *_, **__: 3)
+    monkeypatch.setattr(deep_conv, "chosen", Always())
+    with pytest.raises(RuntimeError, match="another reader than the second layer"):
+        two_layers(triton_device, passage=deep_conv.Passage(), also_read=True)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        two_layers(triton_device, passage=deep_conv.Passage(), also_read=True)
+
+
+class Always(dict):
+    """Every problem is ours."""
+
+    def get(self, problem, default=None):
+        return True
+
+
+@needs_interpreter
+def test_what_the_kernels_do_not_take_is_the_librarys(triton_device):
+    for size, dtype in (((1, 2, 2, 8, 24), torch.bfloat16), ((1, 2, 2, 8, 16), torch.float64)):
+        small, big, weight = (t.to(triton_device) for t in images(*size, dtype))
+        launches = []
+        with launch.observed(launches.append):
+            got = deep_conv.conv2d(big, weight.requires_grad_())
+            got.backward(small)
+        assert not launches
+        torch.testing.assert_close(got, reference.deep_conv_small(big, weight), rtol=0.02, atol=0.1)
+
+
+@needs_interpreter
+def test_on_a_gpu_only_what_was_chosen_is_ours(monkeypatch):
+    problem = deep_conv.problem_of("small", torch.Size((1, 32, 2, 2)), 32, torch.bfloat16)
+
+    class OnGpu:
+        is_cuda, device = True, torch.device("cuda")
+
+    assert not deep_conv.solved_here(problem, OnGpu)
+    monkeypatch.setattr(deep_conv, "chosen", {problem: True})
+    assert deep_conv.solved_here(problem, OnGpu)
+    assert not deep_conv.solved_here(problem._replace(product="big"), OnGpu)
+    monkeypatch.setattr(deep_conv, "offered", False)
+    assert not deep_conv.solved_here(problem, OnGpu)
+
+
+# ----------------------------------------------------------------------------------------- block sizes
+
+
+def test_splits_fill_a_gpu_and_keep_partial_sums_small():
+    for pixels in (1, 4, 16, 64, 256):
+        for summed_by_next in (False, True):
+            tile = deep_conv.choose_product_tile(pixels, 2)
+            tiles = 8 * -(-pixels // tile.pixels)
+            weight_bytes, values = 512 * 512 * 32, 512 * pixels
+            splits = deep_conv.choose_splits(tiles, 256, weight_bytes, values, summed_by_next=summed_by_next)
+            assert tiles * splits >= 64
+            assert splits * values * 4 <= weight_bytes
+
+
+def test_nothing_is_split_where_there_are_programs_enough_or_a_launch_costs_more():
+    assert deep_conv.choose_splits(256, 64, 2**23, 2**10, summed_by_next=True) == 1
+    assert deep_conv.choose_splits(32, 64, 2**20, 2**10, summed_by_next=False) == 1
+    assert deep_conv.choose_splits(32, 64, 2**20, 2**10, summed_by_next=True) > 1
+    assert deep_conv.choose_splits(1, 2, 2**23, 2**10, summed_by_next=True) == 2, "blocks there are"

@@ -35,13 +35,30 @@ def logits(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 
     return x.to(device, dtype)
 
 
-def check(x: Tensor, mode: str, real_first: bool, disc_factor: float, scale: Tensor | None) -> None:
+def check(
+    x: Tensor,
+    mode: str,
+    real_first: bool,
+    disc_factor: float,
+    scale: Tensor | None,
+    bias: float | None = None,
+) -> None:
     options = {"mode": mode, "real_first": real_first, "disc_factor": disc_factor, "scale": scale}
-    actual, exact = gan_loss(x, **options), reference.gan_loss(x.double(), **options)
-    assert actual.losses.dtype == reference.compute_dtype(x.dtype)
+    kind = reference.compute_dtype(x.dtype)
+    bias = None if bias is None else torch.tensor([bias], dtype=kind, device=x.device)
+    # Where they cancel, the sum with the bias has no more digits than the type.
+    biased = x.double() if bias is None else (x.to(kind) + bias).double()
+    exact, actual = reference.gan_loss(biased, **options), gan_loss(x, bias=bias, **options)
+    assert actual.losses.dtype == kind
     assert actual.disc_grad.dtype == actual.gen_grad.dtype == x.dtype
-    for a, e in zip(actual, exact, strict=True):
+    for a, e in zip(actual[:3], exact[:3], strict=True):
         assert_stored(a, e)
+    assert (actual.bias_grad is None) == (bias is None)
+    if bias is not None:
+        assert actual.bias_grad.dtype == kind
+        # A sum that may come to nothing: of terms no larger than the largest gradient.
+        slack = (1e-13 if x.dtype == torch.float64 else 1e-6) * exact.disc_grad.abs().sum().item()
+        assert_stored(actual.bias_grad, exact.disc_grad.sum().reshape(1), slack=slack)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -50,7 +67,9 @@ def check(x: Tensor, mode: str, real_first: bool, disc_factor: float, scale: Ten
 def test_both_players_equal_the_reference(triton_device, dtype, real_first, mode):
     for batch, factor, scale in ((2, 1.0, None), (6, 0.5, 64.0)):
         scale = scale and torch.tensor(scale, device=triton_device)
-        check(logits((batch, 1, 30, 30), dtype, triton_device, seed=batch), mode, real_first, factor, scale)
+        x = logits((batch, 1, 30, 30), dtype, triton_device, seed=batch)
+        for bias in (None, -0.4):
+            check(x, mode, real_first, factor, scale, bias)
 
 
 @settings(max_examples=20, deadline=None)
@@ -77,9 +96,13 @@ def test_one_target_equals_the_reference(triton_device, dtype, mode, real):
     scale = torch.tensor(8.0, device=triton_device)
     for shape in ((1, 1, 30, 30), (3, 2, 5, 7), (1,), (BLOCK + 1,)):
         x = logits(shape, dtype, triton_device)
-        exact = reference.gan_target_loss(x.double(), real, mode=mode, scale=scale)
-        for a, e in zip(gan_target_loss(x, real, mode=mode, scale=scale), exact, strict=True):
-            assert_stored(a, e)
+        bias = torch.tensor([0.3], dtype=reference.compute_dtype(dtype), device=triton_device)
+        for added in (None, bias):
+            biased = x.double() if added is None else (x.to(bias.dtype) + added).double()
+            exact = reference.gan_target_loss(biased, real, mode=mode, scale=scale)
+            actual = gan_target_loss(x, real, mode=mode, bias=added, scale=scale)
+            for a, e in zip(actual, exact, strict=True):
+                assert_stored(a, e)
 
 
 def torch_losses(x: Tensor, mode: str, real_first: bool, disc_factor: float) -> tuple[Tensor, ...]:
@@ -101,8 +124,13 @@ def torch_losses(x: Tensor, mode: str, real_first: bool, disc_factor: float) -> 
 def test_equals_torch_losses_and_autograd(device, real_first, mode):
     x = torch.randn(4, 1, 9, 11, dtype=torch.float64, device=device) * 4
     actual = gan_loss(x, mode=mode, real_first=real_first, disc_factor=0.5)
-    for a, e in zip(actual, torch_losses(x, mode, real_first, 0.5), strict=True):
+    for a, e in zip(actual[:3], torch_losses(x, mode, real_first, 0.5), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-16)
+    bias = torch.tensor([0.7], dtype=torch.float64, device=device)
+    actual = gan_loss(x, mode=mode, real_first=real_first, disc_factor=0.5, bias=bias)
+    losses, disc_grad, gen_grad = torch_losses(x + bias, mode, real_first, 0.5)
+    for a, e in zip(actual, (losses, disc_grad, gen_grad, disc_grad.sum().reshape(1)), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -112,7 +140,7 @@ def test_golden_losses_and_gradients(device, golden, dtype):
     exact = numbers[str(dtype).removeprefix("torch.")]
     both = np.concatenate((inputs["real_logits"], inputs["fake_logits"]))
     x = torch.from_numpy(both).permute(0, 3, 1, 2).to(device, dtype)
-    losses, disc_grad, gen_grad = gan_loss(x)
+    losses, disc_grad, gen_grad, _ = gan_loss(x)
     rtol = 1e-13 if dtype == torch.float64 else FLOAT32[device]
     expected = [exact[name] for name in ("disc", "gan", "real_loss", "generated_loss")]
     assert losses.tolist() == pytest.approx(expected, rel=rtol)
@@ -155,7 +183,7 @@ def test_a_nan_is_not_hidden(device):
     for mode in MODES:
         x = torch.zeros(2, 1, 3, 3, device=device)
         x[0, 0, 1, 1] = torch.nan
-        losses, disc_grad, gen_grad = gan_loss(x, mode=mode)
+        losses, disc_grad, gen_grad, _ = gan_loss(x, mode=mode)
         assert losses.isnan().tolist() == [True, False, True, False]
         assert disc_grad.isnan().sum() == 1 and gen_grad.isfinite().all()
 
@@ -163,7 +191,7 @@ def test_a_nan_is_not_hidden(device):
 def test_logits_of_any_layout(device):
     x = torch.randn(4, 1, 6, 10, device=device)
     spread = torch.empty(4, 1, 10, 12, device=device).transpose(2, 3)[:, :, ::2].copy_(x)
-    for a, e in zip(gan_loss(spread), gan_loss(x), strict=True):
+    for a, e in zip(gan_loss(spread)[:3], gan_loss(x)[:3], strict=True):
         torch.testing.assert_close(a, e)
 
 

@@ -338,6 +338,46 @@ def test_backward_through_one_half(triton_device, half):
     assert part.dweight is part.dbias is None
 
 
+# -------------------------------------------------------------------------------------- kernels: latency
+
+
+def planned(shape: tuple[int, ...], config: NormActConfig, dtype=torch.bfloat16) -> list[tuple]:
+    """(grid, trips) of the launches, forward and backward, of a layer that is not computed."""
+    x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+    row = torch.empty(shape[1], device="meta") if config.norm else None
+    launches = []
+    with launch.observed(launches.append, run=False):
+        forward = kernels.norm_act_forward(x, row, row, row, row, None, config)
+        kernels.norm_act_backward(x, None, x, row, row, forward.mean, forward.rstd, None, config)
+    return [(this.grid, this.trips) for this in launches]
+
+
+@pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
+def test_few_programs_wait_for_memory_once():
+    """Grids and trips to memory of the networks' layers at batch 1, in tiles of 128 pixels of 32 channels."""
+    assert planned((1, 512, 1, 1), DECODER) == [((1, 2), 1)] * 2
+    assert planned((1, 512, 8, 8), DECODER) == [((1, 32), 1)] * 2
+    assert planned((1, 512, 16, 16), DECODER) == [((1, 32), 1)] * 2
+    assert planned((1, 256, 32, 32), DECODER) == [((1, 32), 1)] * 2, "half a sector each"
+    assert planned((1, 256, 32, 32), DECODER, torch.float32) == [((1, 64), 1)] * 2
+    # One program more, of each block of channels, has the parameters' results.
+    assert planned((1, 128, 64, 64), DECODER) == [((16, 4, 1), 1), ((33, 4, 1), 1)] * 2
+    assert planned((1, 64, 128, 128), DECODER) == [((64, 2, 1), 1), ((129, 2, 1), 1)] * 2
+    assert planned((2, 64, 128, 128), DECODER._replace(norm=False)) == [((128, 2, 1), 1)] * 2
+
+
+@pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
+def test_trips_of_larger_batches():
+    """1024 tiles of two blocks of channels: in chunks of 8 there are 128; two are on their way at a time."""
+    partial, apply = planned((8, 64, 128, 128), DECODER)[:2]
+    assert partial == ((128, 2, 1), 4)
+    assert apply == ((513, 2, 1), 2), "the first tile comes with the partial sums, the second after it"
+    for batch in (64, 65):
+        (chunks, *_), trips = planned((batch, 64, 128, 128), DECODER)[0]
+        assert chunks <= 128 and trips == -(-batch // 2)
+    assert planned((8, 512, 8, 8), ENCODER._replace(groups=8))[0] == ((1, 32), 8), "group after group"
+
+
 # ---------------------------------------------------------------------- kernels: images as partial sums
 
 

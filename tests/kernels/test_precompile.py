@@ -120,6 +120,7 @@ def test_nothing_to_compile(cache):
 def test_workers_do_not_import_torch():
     """It takes longer to import than a kernel to compile."""
     names = ("precompile", "norm_act_kernels", "gan_loss_kernels", "tanh_l1_kernels", "adam_kernels")
+    names += ("deep_conv_kernels",)
     code = "".join(f"import fastpix2pix.kernels.{name}\n" for name in names)
     code += "import sys; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -74,7 +74,9 @@ def check_outputs(tutorial: Golden, dtype: torch.dtype, expected: dict, toleranc
         fake = generator(source)
         pairs = torch.cat((torch.cat((source, source)), torch.cat((target, fake))), 1)
         pairs = pairs.contiguous(memory_format=torch.channels_last)
-        logits, fake_logits = discriminator.shared_forward(pairs, fake, slice(1, 2))
+        logits, fake_logits = map(
+            discriminator.with_bias, discriminator.shared_forward(pairs, fake, slice(1, 2))
+        )
     forward = expected["step0_forward"]
     assert_sample(fake, forward["G(input)"], tolerance)
     assert_sample(logits[:1], forward["D(input,target)"], tolerance)

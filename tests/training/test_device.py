@@ -123,7 +123,8 @@ def test_tf32_through_either_interface(interface, on):
     started = {"untouched": True, "new for all": None}.get(interface, on)
     program = f"""
 import torch
-from fastpix2pix.training.precision import float32_convolutions_use_tf32, set_float32_math
+from fastpix2pix.kernels.deep_conv import float32_convolutions_use_tf32
+from fastpix2pix.training.precision import set_float32_math
 {host}
 assert {started!r} in (None, float32_convolutions_use_tf32())
 for precision in ("tf32", "fp32", "bf16", "tf32"):

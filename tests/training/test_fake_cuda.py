@@ -9,7 +9,7 @@ import pytest
 import torch
 from fake_cuda import Machine, Report, Section, missing
 
-from fastpix2pix.kernels import language, launch
+from fastpix2pix.kernels import deep_conv, language, launch
 
 pytestmark = pytest.mark.skipif(not language.HAS_TRITON, reason="Triton is not installed")
 
@@ -39,13 +39,15 @@ def assert_never_waits(section: Section) -> None:
 
 # ------------------------------------------------------------------------------------ in the child process
 
-KERNELS, PLAIN = "kernels", "plain"
+KERNELS, DEEP, PLAIN = "kernels", "deep-kernels", "plain"
+"""DEEP: every layer whose images are small enough counts as a deep one, and its convolutions are ours."""
 STEPS = [
     *(
         f"{preset} {type} {KERNELS}"
         for preset in ("tutorial", "junyanz")
         for type in ("bf16", "fp16", "fp32")
     ),
+    f"tutorial bf16 {DEEP}",
     f"junyanz fp16 {PLAIN}",
     f"tutorial fp32 {PLAIN}",
 ]
@@ -65,7 +67,11 @@ def take_step(watch, name: str) -> str | None:
     from small_steps import send_losses, small_step
 
     preset, precision, backend = name.split()
-    launch.kernels_on_gpu = backend == KERNELS
+    launch.kernels_on_gpu = backend != PLAIN
+    usual = deep_conv.MIN_WEIGHTS, deep_conv.solved_here
+    if backend == DEEP:
+        deep_conv.MIN_WEIGHTS = 0
+        deep_conv.solved_here = lambda problem, x: x.is_cuda and deep_conv.fits(problem)
     step, source, target = small_step(preset, precision, device=DEVICE)
     try:
         with watch(f"{name}: step"):
@@ -79,6 +85,7 @@ def take_step(watch, name: str) -> str | None:
         return str(error)
     finally:
         launch.kernels_on_gpu = True
+        deep_conv.MIN_WEIGHTS, deep_conv.solved_here = usual
     return None
 
 
@@ -154,6 +161,8 @@ def test_a_train_step_stays_on_its_gpu_and_never_waits(report: Report, name: str
     assert report.result[name] is None
     assert len(section.launches) > 30 if KERNELS in name else not section.launches
     assert sum(section.ops.values()) > 100
+    deep = {each.kernel for each in section.launches if each.kernel.startswith("deep_conv_to")}
+    assert deep >= ({"deep_conv_to_small", "deep_conv_to_big"} if DEEP in name else set())
 
 
 @pytest.mark.parametrize("name", [name for name in STEPS if KERNELS in name])

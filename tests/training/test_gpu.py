@@ -47,7 +47,8 @@ def exact_convolutions(monkeypatch):
 
 
 def prepared(device, preset, precision, *, graph):
-    options = StepOptions(preset=preset, precision=precision)
+    # Measured twice, the deep layers' convolutions might be chosen differently.
+    options = StepOptions(preset=preset, precision=precision, deep_conv="triton")
     networks = build_networks(NetworkOptions(preset=preset))
     return prepare_step(*networks, options, device, image_size=SIZE, graph=graph, check=False)
 
@@ -72,6 +73,19 @@ def test_fused_and_captured_agrees_with_the_reference_on_the_cpu(device, preset,
     options = StepOptions(preset=preset, precision=precision)
     result = compare_with_reference(networks, options, device, size=SIZE, graph=True)
     assert result.captured and result.difference <= TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("deep_conv", ["triton", "auto", "library"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_choice_of_deep_convolutions_agrees_with_the_reference(device, precision, deep_conv):
+    options = StepOptions(precision=precision, deep_conv=deep_conv)
+    said = []
+    step = prepare_step(*build_networks(NetworkOptions()), options, device, image_size=SIZE, say=said.append)
+    resolved = step.resolved()
+    assert resolved["kernels"] == "Triton" and not [line for line in said if "failed" in line]
+    ours = deep_conv == "triton" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if deep_conv != "auto":
+        assert resolved["deep_conv"].startswith("Triton for") == ours
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -26,6 +26,7 @@ def test_on_a_cpu_the_step_is_the_step_itself():
         "precision": "bf16",
         "cuda_graph": "no",
         "kernels": "PyTorch",
+        "deep_conv": "library",
     }
     prepared.capture([(1, 3, 32, 32)])  # nothing to capture
     expected = TrainStep(*build_networks(SMALL), StepOptions(precision="bf16"))

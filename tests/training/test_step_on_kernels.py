@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastpix2pix.kernels import launch
+from fastpix2pix.kernels import deep_conv, launch
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
 from fastpix2pix.training.options import StepOptions
 from fastpix2pix.training.step import TrainStep
@@ -32,13 +32,17 @@ def run(preset: str, precision: str, *, steps: int, size: int, num_downs: int, n
     return torch.stack(losses), changes, [*networks[0].buffers(), *networks[1].buffers()]
 
 
-def compare(monkeypatch, preset, precision, **options):
-    losses, changes, buffers = run(preset, precision, **options)
-    launches = []
+def compare(monkeypatch, preset, precision, *, some_deep=False, **options):
+    on_kernels, launches = [], []
+    with launch.observed(on_kernels.append):
+        losses, changes, buffers = run(preset, precision, **options)
     monkeypatch.setattr(launch, "kernels_on_cpu", False)
     with launch.observed(launches.append):
         expected_losses, expected_changes, expected_buffers = run(preset, precision, **options)
     assert not launches
+    if some_deep:
+        names = {this.name for this in on_kernels}
+        assert {"deep_conv_to_small", "deep_conv_to_big"} <= names
     torch.testing.assert_close(
         losses, expected_losses, rtol=LOSS_BOUND[precision], atol=LOSS_BOUND[precision]
     )
@@ -65,3 +69,30 @@ def test_two_steps(triton_device, monkeypatch, preset, precision):
 @pytest.mark.parametrize("preset", ["tutorial", "junyanz"])
 def test_ten_steps(triton_device, monkeypatch, preset, precision):
     compare(monkeypatch, preset, precision, steps=10, size=64, num_downs=6, ngf=8)
+
+
+def small_layers_are_deep(monkeypatch):
+    """Layers count as deep whatever their weight, and are ours on a GPU too."""
+    monkeypatch.setattr(deep_conv, "MIN_WEIGHTS", 0)
+    ours = deep_conv.solved_here
+    monkeypatch.setattr(
+        deep_conv,
+        "solved_here",
+        lambda problem, x: (
+            (launch.use_triton(x) and deep_conv.fits(problem)) if x.is_cuda else ours(problem, x)
+        ),
+    )
+
+
+@pytest.mark.parametrize("preset, precision", [("tutorial", "bf16"), ("junyanz", "fp32")])
+def test_a_step_with_deep_convolutions(triton_device, monkeypatch, preset, precision):
+    small_layers_are_deep(monkeypatch)
+    compare(monkeypatch, preset, precision, some_deep=True, steps=1, size=32, num_downs=5, ngf=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("preset", ["tutorial", "junyanz"])
+def test_ten_steps_with_deep_convolutions(triton_device, monkeypatch, preset, precision):
+    small_layers_are_deep(monkeypatch)
+    compare(monkeypatch, preset, precision, some_deep=True, steps=10, size=64, num_downs=6, ngf=8)

@@ -16,6 +16,7 @@ from torch import nn
 
 from fastpix2pix.errors import UserError
 from fastpix2pix.interop.junyanz.weights import export_weights, load_weights
+from fastpix2pix.kernels.deep_conv import float32_convolutions_use_tf32
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
 from fastpix2pix.models.blocks import Epilogue
 from fastpix2pix.models.discriminator import min_size
@@ -23,7 +24,7 @@ from fastpix2pix.models.generator import size_multiple
 from fastpix2pix.models.options import GENERATOR_DEPTHS
 from fastpix2pix.training.optim import MasterAdam
 from fastpix2pix.training.options import StepOptions
-from fastpix2pix.training.precision import WORKING_TYPES, float32_convolutions_use_tf32
+from fastpix2pix.training.precision import WORKING_TYPES
 from fastpix2pix.training.prepare import PreparedStep, prepare_step
 
 NOT_ACCELERATED = "fastpix2pix: {} is not accelerated; running this repository's own code"
