@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fastpix2pix.kernels.adam import LARGE
-from fastpix2pix.kernels.gan_loss import gan_loss, gan_target_loss
 from fastpix2pix.kernels.loss_row import LossTerms
 from fastpix2pix.kernels.reference import GanLoss, compute_dtype
 from fastpix2pix.models.blocks import set_working_type
 from fastpix2pix.training.distributed import Exchange
 from fastpix2pix.training.losses import Losses, LossRing
+from fastpix2pix.training.objective import Objective, set_module_working_type
 from fastpix2pix.training.optim import LossScale, MasterAdam
 from fastpix2pix.training.options import StepOptions
 from fastpix2pix.training.players import Backward, Drawn, FusedPlayers, players_for
@@ -39,12 +39,13 @@ class TrainStep:
     image, (N, C, H, W).
 
     ``generator`` and ``discriminator`` may be any modules: the first maps the source to an image, the
-    second maps [source, image], stacked on channels, to logits. Our own two run fused: the generated image
-    is written where the discriminator reads it, real and fake go through it as one batch, and a large
-    weight is updated as soon as its gradient is there, while that is still in the cache.
+    second source and image to logits; how it is called, and which losses there are, ``objective`` says. A
+    large weight is updated as soon as its gradient is there, while that is still in the cache. Our own two
+    run fused, too: the generated image is written where the discriminator reads it, and real and fake go
+    through it as one batch.
 
-    ``options.precision`` bf16 or fp16 converts our own networks' convolutions; the optimizers keep the
-    float32 weights they came with as masters. Weights in float16 get a dynamic ``loss_scale``.
+    ``options.precision`` bf16 or fp16 converts the networks, their normalisations excepted; the optimizers
+    keep the float32 weights they came with as masters. Weights in float16 get a dynamic ``loss_scale``.
 
     ``exchange``: of several ranks, which make the same calls, each on its own images. Gradients are the mean
     over all ranks, and so are the losses; batch statistics are each rank's own, and so is dropout. Weights
@@ -57,17 +58,22 @@ class TrainStep:
         discriminator: nn.Module,
         options: StepOptions | None = None,
         exchange: Exchange | None = None,
+        *,
+        objective: Objective | None = None,
     ):
         options = StepOptions() if options is None else options
         self.generator, self.discriminator, self.options = generator, discriminator, options
-        self.rule = options.rules.update
-        self.players = players_for(generator, discriminator, real_first=self.rule.real_first)
+        self.rule = options.rules.update if objective is None or objective.rule is None else objective.rule
+        self.players = players_for(
+            generator, discriminator, real_first=self.rule.real_first, objective=objective
+        )
         fused = isinstance(self.players, FusedPlayers)
         networks = (generator, discriminator)
         masters = [[p.detach().clone() for p in network.parameters()] for network in networks]
-        if fused and options.precision in ("bf16", "fp16"):
+        if options.precision in ("bf16", "fp16"):
+            convert = set_working_type if fused else set_module_working_type
             for network in networks:
-                set_working_type(network, WORKING_TYPES[options.precision])
+                convert(network, WORKING_TYPES[options.precision])
         weight = next(generator.parameters())
         self.loss_scale = LossScale(weight.device) if weight.dtype == torch.float16 else None
         adam: dict[str, Any] = {
@@ -93,7 +99,7 @@ class TrainStep:
         self._updating_early = False
         if fused and exchange is not None:
             self.set_dropout_rng(cast(Tensor, generator.rng))
-        elif fused and self.loss_scale is None:
+        elif exchange is None and self.loss_scale is None:
             for optimizer in (self.gen_optimizer, self.disc_optimizer):
                 self._update_large_weights_early(optimizer)
 
@@ -201,7 +207,7 @@ class TrainStep:
         yield from self._update(*self._disc_paths(logits, gan))
 
         fake_logits = self.players.logits_of_fake(drawn)
-        gen, gen_grad = gan_target_loss(
+        gen, gen_grad = self.players.gan_target_loss(
             fake_logits.detach(),
             True,
             mode=self.options.gan_mode,
@@ -221,7 +227,7 @@ class TrainStep:
         return drawn
 
     def _gan_loss(self, logits: Tensor) -> GanLoss:
-        return gan_loss(
+        return self.players.gan_loss(
             logits.detach(),
             mode=self.options.gan_mode,
             real_first=self.rule.real_first,
