@@ -108,7 +108,7 @@ class UNetGenerator(nn.Module):
 
         x = source.contiguous(memory_format=torch.channels_last)
         skips = []
-        passage = None
+        passage: Passage | None = None
         for down in self.downs[:-1]:
             # A deep block is one op. Elsewhere autocast may give the convolution's output another type.
             pre = None if down.is_deep(x) else down.convolve(x)
