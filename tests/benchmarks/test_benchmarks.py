@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import compare, outsiders, render, results, roofline, timing, traffic
+from benchmarks import compare, outsiders, render, results, roofline, scaling, timing, traffic
 from benchmarks.peers import FUSED, PLAIN, PeerStep, Tuning, tuned
 from benchmarks.processes import time_in_turns
 from benchmarks.timing import Seconds
@@ -515,13 +515,35 @@ def test_pages_say_what_was_measured(page, words):
 
 def test_committed_results_describe_themselves_and_no_machine():
     committed = results.committed()
-    assert {result["what"] for result in committed} == {"comparison", "roofline", "suite"}
+    assert {result["what"] for result in committed} == {"comparison", "roofline", "scaling", "suite"}
     for result in committed:
         environment = result["environment"]
         assert environment["versions"]["torch"] and environment["commit"] and environment["date"]
         assert environment["gpu"] or environment["cpu"]["name"]
     text = json.dumps(committed)
     assert not re.search(r"/(home|root|tmp|work|mnt|Users|opt|usr)\b|\"node\"|hostname", text)
+
+
+def test_the_page_on_many_gpus_shows_the_committed_model():
+    (result,) = (one for one in results.committed() if one["what"] == "scaling")
+    page = (render.ROOT / "docs" / "many-gpus.md").read_text(encoding="utf-8")
+    assert "\n".join(scaling.table(result)) in page, "copy what python -m benchmarks.scaling prints"
+
+
+def test_model_of_an_exchange():
+    """Of a miniature: bytes by hand, from the weights; PCIe slower than NVLink, more ranks more bytes."""
+    workload, exchange = miniature("tutorial"), scaling.Counting(4)
+    step = traffic.our_step(workload, "bf16", exchange)
+    exchange.sent, exchange.collectives = 0.0, 0
+    traffic.trace_ours(workload, "bf16", step=step)
+    weights = sum(
+        p.numel() * p.element_size() for one in (step.generator, step.discriminator) for p in one.parameters()
+    )
+    assert 1 <= exchange.sent / (2 * weights * 3 / 4) < 1.02
+    rank = scaling.Rank([], 100e6, 10)
+    link = scaling.Link("A100", 100)
+    expected = 100e6 / (0.7 * 100e9) + 10 * 30e-6
+    assert scaling.exchange_seconds(rank, link) == pytest.approx(expected)
 
 
 def test_a_modelled_time_is_called_so():
