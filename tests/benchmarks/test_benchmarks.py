@@ -278,7 +278,7 @@ def test_adam_moves_28_bytes_a_weight(precision):
     assert 28 * weights < moved < 28 * weights + 1000
 
 
-@pytest.mark.parametrize("preset, most_operators", [("tutorial", 140), ("junyanz", 155)])
+@pytest.mark.parametrize("preset, most_operators", [("tutorial", 125), ("junyanz", 138)])
 def test_the_step_stays_lean(preset, most_operators):
     """Traffic that creeps in: per step at batch 1, however narrow the networks are."""
     workload = Workload(preset=preset, ngf=8, ndf=8)
@@ -287,7 +287,7 @@ def test_the_step_stays_lean(preset, most_operators):
     assert ours["total"]["operators"] < most_operators < plain["total"]["operators"] * 0.65
     assert ours["total"]["operands_gb"] < 0.4 * plain["total"]["operands_gb"]
     assert ours["copy"]["operands_gb"] < 0.005  # a pair, into the graph and into the discriminator's input
-    assert ours["copy"]["operators"] <= 3  # these two, and dropout's counter
+    assert ours["copy"]["operators"] <= 4  # source and target apart, and dropout's counter
 
 
 def test_float32_is_traced_as_a_gpu_runs_it():
@@ -515,7 +515,13 @@ def test_pages_say_what_was_measured(page, words):
 
 def test_committed_results_describe_themselves_and_no_machine():
     committed = results.committed()
-    assert {result["what"] for result in committed} == {"comparison", "roofline", "scaling", "suite"}
+    assert {result["what"] for result in committed} == {
+        "comparison",
+        "roofline",
+        "scaling",
+        "suite",
+        "accelerate",
+    }
     for result in committed:
         environment = result["environment"]
         assert environment["versions"]["torch"] and environment["commit"] and environment["date"]

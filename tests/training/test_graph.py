@@ -326,7 +326,9 @@ GPU = torch.device("cuda:1")
 
 
 def on_recording_cuda(monkeypatch, cuda: RecordingCuda) -> tuple[TrainStep, CapturedStep]:
-    stand_in = SimpleNamespace(cuda=cuda, preserve_format=torch.preserve_format)
+    stand_in = SimpleNamespace(
+        cuda=cuda, preserve_format=torch.preserve_format, _foreach_copy_=torch._foreach_copy_
+    )
     monkeypatch.setattr(graph, "torch", stand_in)
     monkeypatch.setattr(graph.CudaBackend, "failure", None)
     train_step = small_step(num_downs=5, ngf=4)
