@@ -91,10 +91,9 @@ class FusedPlayers:
         first, second = slice(0, n), slice(n, 2 * n)
         real_rows, fake_rows = (first, second) if self.real_first else (second, first)
         pairs.unflatten(0, (2, n))[:, :, :c] = source  # beside both, in one copy
+        pairs[real_rows, c:] = target
         before_tanh = self.generator.before_tanh(source)
-        fake, l1 = tanh_l1(
-            before_tanh, self.generator.last.bias, target, pairs[fake_rows, c:], pairs[real_rows, c:]
-        )
+        fake, l1 = tanh_l1(before_tanh, self.generator.last.bias, target, out=pairs[fake_rows, c:])
         return Drawn(source, target, fake, l1, pairs, fake_rows)
 
     def logits_of_both(self, drawn: Drawn, *, through_fake: bool) -> tuple[Tensor, Tensor]:

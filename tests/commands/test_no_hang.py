@@ -169,19 +169,27 @@ def test_a_killed_worker_is_one_line_whatever_it_was_doing(run, tmp_path, monkey
 
 
 ORPHAN = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
-from fastpix2pix.data import LoaderOptions, open_loader
+from fastpix2pix.data import LoaderOptions, open_loader, portable
+decode, calls = portable.ResizedPairs.decode, []
+def stuck(*args):
+    calls.append(0)
+    return decode(*args) if len(calls) == 1 or sys.argv[2] == "idle" else time.sleep(1000)
+portable.ResizedPairs.decode = stuck
+portable.usable_cores = lambda: 2
 options = LoaderOptions(loader="portable", load_size=32, crop_size=32, num_threads=2, cache_bytes=0)
 stream = open_loader(Path(sys.argv[1]), options).stream()
-next(stream)
+for _ in range(17):  # both have been asked for a second chunk
+    next(stream)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_workers_end_with_their_parent(big_pairs):
+@pytest.mark.parametrize("they_are", ["idle", "stuck"])
+def test_workers_end_with_their_parent(big_pairs, they_are):
     """However it ended; the output of all of them is a pipe, which is closed when the last one is gone."""
-    command = [sys.executable, "-c", ORPHAN, str(big_pairs)]
+    command = [sys.executable, "-c", ORPHAN, str(big_pairs), they_are]
     ended = subprocess.run(command, capture_output=True, timeout=SECONDS)
     assert ended.returncode == -signal.SIGKILL
 
