@@ -120,9 +120,8 @@ LAYERS = [
     "models losses acceleration",
     "training data config checkpoint monitor loss_table wandb_run report gallery cli interop translator",
 ]
-    "From the bottom up, where the package's own ``__init__`` is "
-    "too; a module may import its own layer and those",
-below. What is not named here is a command: it lies above them all."""
+"""From the bottom up, where the package's own ``__init__`` is too; a module may import its own layer and
+those below. What is not named here is a command: it lies above them all."""
 
 
 def _layer(module: str) -> int:
