@@ -21,4 +21,4 @@ RUN pip install --no-cache-dir "/src[export]" && rm -r /src
 # Runs, the painted data set and compiled kernels go into the folder that is mounted here.
 WORKDIR /work
 ENV HOME=/work NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-CMD ["python", "-m", "fastpix2pix.train"]
+CMD ["python", "-m", "fastpix2pix.train", "--quick"]

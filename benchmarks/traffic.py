@@ -35,6 +35,7 @@ from benchmarks.workload import Workload
 from fastpix2pix.kernels import deep_conv, launch
 from fastpix2pix.models import build_networks
 from fastpix2pix.models.blocks import Block
+from fastpix2pix.training.distributed import Exchange
 from fastpix2pix.training.precision import WORKING_TYPES
 from fastpix2pix.training.step import TrainStep
 
@@ -218,16 +219,25 @@ class Measures(NamedTuple):
     split_masters: bool = True
 
 
-def trace_ours(workload: Workload, precision: str, measures: Measures | None = None) -> list[Entry]:
-    """Our step in ``precision``, with the copies that bring a pair into the captured graph.
-
-    As on a GPU from sm_80 on; without ``Measures`` as on an older one too.
-    """
-    measures = Measures() if measures is None else measures
+def our_step(
+    workload: Workload, precision: str, exchange: Exchange | None = None, *, split_masters: bool = True
+) -> TrainStep:
+    """Our step in ``precision``; exchange: of a rank among several."""
     networks = build_networks(workload.network_options())
     # Where kernels are asked for, the optimizers lay out masters as on a GPU.
-    with launch.observed(lambda _: None, run=False) if measures.split_masters else nullcontext():
-        step = TrainStep(*networks, workload.step_options(precision))
+    with launch.observed(lambda _: None, run=False) if split_masters else nullcontext():
+        return TrainStep(*networks, workload.step_options(precision), exchange)
+
+
+def trace_ours(
+    workload: Workload, precision: str, measures: Measures | None = None, step: TrainStep | None = None
+) -> list[Entry]:
+    """Our step in ``precision``, with the copies that bring a pair into the captured graph.
+
+    As on a GPU from sm_80 on; without ``Measures`` as on an older one too. step: as of ``our_step``.
+    """
+    measures = Measures() if measures is None else measures
+    step = our_step(workload, precision, split_masters=measures.split_masters) if step is None else step
     if not measures.fused_update:
         for block in step.generator.modules():
             if isinstance(block, Block):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastpix2pix.config import TrainConfig
     from fastpix2pix.losses import PatchGANLoss
     from fastpix2pix.models import NetworkOptions, PatchDiscriminator, UNetGenerator
+    from fastpix2pix.training.objective import Objective
     from fastpix2pix.training.optim import MasterAdam
     from fastpix2pix.training.options import StepOptions
     from fastpix2pix.training.step import TrainStep
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MasterAdam",
     "NetworkOptions",
+    "Objective",
     "PatchDiscriminator",
     "PatchGANLoss",
     "StepOptions",
@@ -48,6 +50,7 @@ __all__ = [
 _HOMES = {
     "MasterAdam": "fastpix2pix.training.optim",
     "NetworkOptions": "fastpix2pix.models",
+    "Objective": "fastpix2pix.training.objective",
     "PatchDiscriminator": "fastpix2pix.models",
     "PatchGANLoss": "fastpix2pix.losses",
     "StepOptions": "fastpix2pix.training.options",

@@ -29,33 +29,43 @@ def run(
     *,
     default: Callable[[Sequence[str]], Config | None] = lambda argv: None,
     habits: Callable[[Sequence[str]], tuple[list[str], list[str]]] = lambda argv: ([*argv], []),
+    decide: Callable[[Callable[[], Config]], Config] = lambda parse: parse(),
+    complain: Callable[[str], None] | None = None,
 ) -> None:
     """Parse ``argv`` (default: the process's) into ``config_class`` and call ``command`` with it.
 
     Field names become ``--snake_case`` flags, as users of other pix2pix programs know them; the string
     below each field is its help. ``default`` may look at ``argv`` and return a configuration that supplies
     whatever no flag says. ``habits`` turns flags of other programs in ``argv`` into ours, before anything
-    else, and returns lines to say of them. A ``UserError`` ends the process with one line on stderr
-    and exit code 2, the code that a bad flag gives too; an interrupt ends it with 130.
+    else, and returns lines to say of them. ``decide`` calls the parser, or gets a configuration from
+    elsewhere. A ``UserError`` ends the process with one line on stderr, or as ``complain`` says it, and exit
+    code 2, the code that a bad flag gives too; an interrupt ends it with 130.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    typed = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that are not in its encoding
     # Its error, at twice the size, is enough; which sizes fit is for the command to say.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+    def parse() -> Config:
+        words, lines = habits(typed)
+        for line in lines:
+            print(line)
+        options: dict[str, Any] = {}
+        if (found := default(words)) is not None:
+            options = {"default": found}
+            # Of a switch that is on already, tyro offers the one that turns it off alone.
+            words = [word for word in words if getattr(found, _field(word), None) is not True]
+        return _parse(config_class, words, _program(command), **options)
+
     try:
         with _interrupts_as_exceptions():
-            argv, lines = habits(argv)
-            for line in lines:
-                print(line)
-            options: dict[str, Any] = {}
-            if (found := default(argv)) is not None:
-                options = {"default": found}
-                # Of a switch that is on already, tyro offers the one that turns it off alone.
-                argv = [word for word in argv if getattr(found, _field(word), None) is not True]
-            command(_parse(config_class, argv, _program(command), **options))
+            command(decide(parse))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if complain is None:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            complain(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -22,7 +22,7 @@ Part = TypeVar("Part", NetworkOptions, StepOptions)
 NOT_OF_THE_RUN = ("continue_train", "force", "quick")
 """Flags that say what to do with a run, and are no part of it."""
 
-QUICK = {"ngf": 16, "ndf": 16, "steps": 1500, "display_freq": 250}
+QUICK: dict[str, Any] = {"ngf": 16, "ndf": 16, "steps": 1500, "display_freq": 250}
 """What --quick stands for."""
 
 TASK = (
@@ -85,7 +85,8 @@ class TrainConfig:
     max_dataset_size: int | None = None
     """Train on the first so many pairs alone."""
     batch_size: int = LoaderOptions.batch_size
-    """Pairs per step. Batch norm at batch 1 normalises each image by itself, which the paper recommends."""
+    """Pairs per step of a process. Batch norm at batch 1 normalises each image by itself, as the paper
+    recommends."""
     netG: GeneratorName = NetworkOptions.netG  # noqa: N815
     """Generator, by the image size that it takes down to 1x1."""
     ngf: int = NetworkOptions.ngf
@@ -217,8 +218,9 @@ class TrainConfig:
         """What the training step needs."""
         return _part(self, StepOptions)
 
-    def loader_options(self) -> LoaderOptions:
-        """What the loader needs, with the direction that ``direction`` or the data decide."""
+    def loader_options(self, rank: int = 0, ranks: int = 1) -> LoaderOptions:
+        """What the loader of one of ``ranks`` processes needs, with the direction that ``direction`` or the
+        data decide."""
         return LoaderOptions(
             direction=self.resolved_direction(),
             load_size=self.load_size,
@@ -232,6 +234,8 @@ class TrainConfig:
             loader=self.loader,
             num_threads=LoaderOptions.num_threads if self.num_threads is None else self.num_threads,
             cache_bytes=_gib(self.cache),
+            rank=rank,
+            ranks=ranks,
         )
 
     def resolved_direction(self) -> Direction:
@@ -251,22 +255,24 @@ class TrainConfig:
             return None
         return n_epochs, schedule.n_epochs_decay if self.n_epochs_decay is None else self.n_epochs_decay
 
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """Length of the whole run."""
+    def steps_left(self, done: int, epoch: int, left_of_epoch: int, steps_per_epoch: int) -> int:
+        """Steps to the end of the run after ``done`` of them, in its ``epoch``-th epoch from 0, of which
+        ``left_of_epoch`` steps are to come. A length in epochs holds whatever the batches were before.
+        """
         if self._epochs is not None:
-            return sum(self._epochs) * steps_per_epoch
+            following = sum(self._epochs) - epoch - 1
+            return left_of_epoch + following * steps_per_epoch if following >= 0 else 0
         steps = self.rules.schedule.steps if self.steps is None else self.steps
         assert steps is not None, "a schedule is in epochs or in steps"
-        return steps
+        return max(0, steps - done)
 
-    def lr_at(self, step: int, steps_per_epoch: int) -> float:
-        """Learning rate of the step numbered ``step`` from 0: junyanz's policies, constant in an epoch.
+    def lr_at(self, epoch: int) -> float:
+        """Learning rate of the ``epoch``-th epoch from 0, e: junyanz's policies.
 
-        In the e-th epoch from 0 it is lr times, for linear, 1 - max(0, e + 1 - n_epochs) / (n_epochs_decay +
-        1); for step, 0.1 ** (e // lr_decay_iters); for cosine, (1 + cos(pi e / n_epochs)) / 2, which rises
-        again after n_epochs. A length in steps has no linear decay.
+        It is lr times, for linear, 1 - max(0, e + 1 - n_epochs) / (n_epochs_decay + 1); for step,
+        0.1 ** (e // lr_decay_iters); for cosine, (1 + cos(pi e / n_epochs)) / 2, which rises again after
+        n_epochs. A length in steps has no linear decay.
         """
-        epoch = step // steps_per_epoch
         if self.lr_policy == "step":
             return self.lr * 0.1 ** (epoch // self.lr_decay_iters)
         if self._epochs is None:

@@ -44,6 +44,25 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def device_of_rank(name: str, local_rank: int, local_size: int) -> torch.device:
+    """``choose_device`` for one of ``local_size`` processes on this machine: each has a GPU of its own.
+
+    Raises UserError if ``name`` says which GPU, or if there are fewer of them, and as ``choose_device`` does.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        if name != "cuda":
+            raise UserError(f"--device {name}: each of several processes has a GPU of its own; drop the flag")
+        if torch.cuda.is_available() and torch.cuda.device_count() < local_size:
+            raise UserError(
+                f"--device cuda: {local_size} processes on this machine, which has "
+                f"{torch.cuda.device_count()} GPUs; give torchrun as many as there are by --nproc_per_node"
+            )
+        name = f"cuda:{local_rank}"
+    return choose_device(name)
+
+
 def why_no_gpu() -> str | None:
     """Why PyTorch does not see the GPU that an NVIDIA driver serves here; None without such a driver."""
     if torch.cuda.is_available() or not NVIDIA_DRIVER.exists():

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def describe(device: torch.device, resolved: dict[str, str]) -> dict:
+def describe(device: torch.device, resolved: dict[str, Any]) -> dict:
     """The environment block of a run: device and versions, and what was ``resolved`` on them."""
     return {
         **resolved,

@@ -85,12 +85,12 @@ class Measured:
         return np.array([values[metric] for values in self.images.values()])
 
 
-def evaluate(config: EvaluateConfig) -> list[Measured]:
+def evaluate(config: EvaluateConfig) -> None:
     """Measure as ``config`` says, write both files and say the means. Raises UserError."""
     pairs = pairs_in(config.input)[: config.num_test]
     distances = None if config.inception is None else FeatureDistances(config.inception, config.device)
     perceptual = None if config.lpips is None else PerceptualDistance(config.lpips, config.device)
-    measured = []
+    measured: list[Measured] = []
     for run in config.run:
         translator = load(
             run,
@@ -110,7 +110,6 @@ def evaluate(config: EvaluateConfig) -> list[Measured]:
     for other in measured[1:]:
         print(f"{other.run} beside {measured[0].run}: {_difference_in_words(compare(measured[0], other))}")
     write(config, measured)
-    return measured
 
 
 def pairs_in(folder: Path) -> list[Pair]:
@@ -132,7 +131,8 @@ def measure(
     """Translate every pair's source and hold the result against its target, as 8-bit images."""
     images: dict[str, dict[str, float]] = {}
     for pair in tqdm(pairs, desc=str(run), unit=" images"):
-        source, target = oriented(*pair.read(), translator.direction)
+        a, b = pair.read()
+        source, target = oriented(a, b, translator.direction)
         if resize:
             source, target = translator.resize(source), translator.resize(target)
         generated, wanted = _tensor(translator(np.ascontiguousarray(source))), _tensor(target)
@@ -228,7 +228,7 @@ def _plain(means: dict[str, float]) -> dict[str, float | None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cli.run(EvaluateConfig, lambda config: evaluate(config) and None, argv)
+    cli.run(EvaluateConfig, evaluate, argv)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,9 @@
 """The PatchGAN loss as a module, for code that is not built around ``TrainStep``."""
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from fastpix2pix.kernels.gan_loss import gan_target_loss
+from fastpix2pix.kernels.ops import apply_patchgan_loss
 from fastpix2pix.kernels.reference import check_gan_mode
-
-
-class _TargetLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, real, mode):
-        ctx.save_for_backward(logits)
-        ctx.real, ctx.mode = real, mode
-        return gan_target_loss(logits, real, mode=mode)[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss):
-        # Taken again rather than kept from the forward pass: a 16-bit gradient must be scaled before it is
-        # rounded, and a loss scale arrives here.
-        (logits,) = ctx.saved_tensors
-        return gan_target_loss(logits, ctx.real, mode=ctx.mode, scale=dloss)[1], None, None
 
 
 class PatchGANLoss(nn.Module):
@@ -41,7 +23,7 @@ class PatchGANLoss(nn.Module):
         self.gan_mode = gan_mode
 
     def forward(self, prediction: Tensor, target_is_real: bool) -> Tensor:
-        return _TargetLoss.apply(prediction, target_is_real, self.gan_mode)
+        return apply_patchgan_loss(prediction, target_is_real, self.gan_mode)
 
     def extra_repr(self) -> str:
         return f"gan_mode={self.gan_mode!r}"

@@ -69,6 +69,14 @@ def sample_grid(generator: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) ->
     return Image.fromarray(np.concatenate(rows, 0))
 
 
+class NoMonitor:
+    """In the place of a ``Monitor`` in all ranks of a training but the first, which shows the run."""
+
+    def __getattr__(self, name: str) -> Callable[..., bool]:
+        """Every method, doing nothing; nothing is ever due."""
+        return lambda *args, **kwargs: False
+
+
 class Monitor:
     """Shows the losses every ``print_freq`` steps and samples every ``display_freq``.
 

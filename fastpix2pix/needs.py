@@ -107,9 +107,14 @@ def check_memory(config: TrainConfig, device: torch.device, precision: Precision
 def check_data(config: TrainConfig, loader: Loader, precision: Precision, total_steps: int) -> None:
     """As ``check_memory``, with the cache of decoded pairs; and raise UserError for a batch that is larger
     than the data set, and where the disk does not hold the checkpoints."""
-    if config.batch_size > len(loader):
+    ranks = loader.options.ranks
+    if config.batch_size * ranks > len(loader):
+        each, most = "", "that"
+        if ranks > 1:
+            each, most = f" in each of {ranks} processes", str(len(loader) // ranks)
         raise UserError(
-            f"--batch_size {config.batch_size}: the data set has {len(loader)} pairs; give at most that"
+            f"--batch_size {config.batch_size}{each}: the data set has {len(loader)} pairs; give at most "
+            f"{most}"
         )
     if loader.cached:
         cache = Part("the cache of decoded pairs", "--cache", loader.resized_bytes)

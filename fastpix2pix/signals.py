@@ -16,7 +16,7 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 _HANGUP = getattr(signal, "SIGHUP", None)
 SAME_REQUEST = 0.5  # seconds, as are these:
 CLOSING = 10.0
-UNANSWERED = 20.0
+UNANSWERED = 20.0  # also by the other processes of a training
 FINISHING = 300.0
 
 
@@ -24,11 +24,13 @@ class StopRequests:
     """Which have been received; false until then. Made by :func:`stop_requests`.
 
     stop_waiting: called in the place of the wait, when a request comes within :meth:`waiting`; it ends the
-    process. In another thread, where the main one does not come back from what it called.
+    process. In another thread, where the main one does not come back from what it called. None: the process
+    is one of several that train together, and waits on until all come to :meth:`settle`.
     """
 
-    def __init__(self, stop_waiting: Callable[[], None]):
+    def __init__(self, stop_waiting: Callable[[], None] | None):
         self.received: list[int] = []
+        self._settled = threading.Event()
         self._stop_waiting = stop_waiting
         self._waiting = False
         self._turn = threading.Lock()  # to end the wait, one way or another
@@ -37,6 +39,18 @@ class StopRequests:
 
     def __bool__(self) -> bool:
         return bool(self.received)
+
+    def agree_on(self, number: int) -> None:
+        """All processes of the training stop, for the signal of this number."""
+        self.received[:0] = [number]
+
+    def settle(self) -> None:
+        """No other process has to agree any more."""
+        self._settled.set()
+
+    def finish(self) -> None:
+        """All is saved: a further request changes nothing."""
+        self._over.set()
 
     @property
     def exit_code(self) -> int:
@@ -59,7 +73,7 @@ class StopRequests:
         self.received.append(number)
         if number == _HANGUP:
             _leave_the_terminal()
-        if self._waiting and self._turn.acquire(blocking=False):
+        if self._stop_waiting is not None and self._waiting and self._turn.acquire(blocking=False):
             self._waiting = False
             self._stop_waiting()
             self._turn.release()
@@ -68,7 +82,11 @@ class StopRequests:
         """In a thread of its own, from the first request on: whatever the main one does, the process ends."""
         if self._over.wait(UNANSWERED):
             return
-        if not self.received:  # the main thread has not come back to Python since
+        if self._stop_waiting is None:
+            if not self._settled.is_set():
+                say("stopped: the other processes do not answer; nothing was saved since the last checkpoint")
+                end_at_once(128 + number)
+        elif not self.received:  # the main thread has not come back to Python since
             with self._turn:
                 if self._waiting:
                     self.received.append(number)
@@ -98,8 +116,11 @@ def limited(line: str, code: int) -> Iterator[None]:
 
 
 @contextmanager
-def stop_requests(stop_waiting: Callable[[], None]) -> Iterator[StopRequests]:
+def stop_requests(stop_waiting: Callable[[], None] | None, *, quiet: bool = False) -> Iterator[StopRequests]:
     """Collect SIGINT, SIGTERM and SIGHUP (unless ignored, as under nohup) while the body runs.
+
+    stop_waiting: as of :class:`StopRequests`; where it is None, requests are ignored after the body, since
+    torchrun sends them to the processes that have not ended when one has. quiet: another process speaks.
 
     Python runs a handler only when its main thread comes back from whatever it calls, so a thread of its own
     answers the first request at once and obeys the second, which ends the process and its workers.
@@ -110,7 +131,7 @@ def stop_requests(stop_waiting: Callable[[], None]) -> Iterator[StopRequests]:
     theirs.setblocking(False)
     numbers = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
     watcher = threading.Thread(
-        target=_watch, args=(ours, numbers, requests), name="stop requests", daemon=True
+        target=_watch, args=(ours, numbers, requests, quiet), name="stop requests", daemon=True
     )
     watcher.start()
     previous = {number: signal.signal(number, requests._handle) for number in numbers}
@@ -120,7 +141,7 @@ def stop_requests(stop_waiting: Callable[[], None]) -> Iterator[StopRequests]:
     finally:
         requests._over.set()
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if stop_waiting is None else handler)
         signal.set_wakeup_fd(previous_descriptor)
         _listening.remove(requests)
         theirs.close()
@@ -128,18 +149,18 @@ def stop_requests(stop_waiting: Callable[[], None]) -> Iterator[StopRequests]:
         ours.close()
 
 
-def _watch(descriptor: socket.socket, numbers: list[int], requests: StopRequests) -> None:
+def _watch(descriptor: socket.socket, numbers: list[int], requests: StopRequests, quiet: bool) -> None:
     """Answer the numbers of signals as they arrive, until the other end is closed."""
     first, since = None, 0.0
     while arrived := descriptor.recv(1):
         # "timeout" and schedulers signal the process and then its group: that is one request.
-        if arrived[0] not in numbers or time.monotonic() - since < SAME_REQUEST:
+        if arrived[0] not in numbers or time.monotonic() - since < SAME_REQUEST or requests._over.is_set():
             continue
         if first is not None:
             say("stopped at once; nothing was saved since the last checkpoint")
             end_at_once(128 + first)
         first, since = arrived[0], time.monotonic()
-        if first != _HANGUP:  # then nobody is there to read it
+        if first != _HANGUP and not quiet:  # then nobody is there to read it
             say("stopping: finishing the step and saving (once more: stop at once)")
         threading.Thread(target=requests._see_to_the_end, args=(first,), daemon=True).start()
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -164,7 +164,9 @@ def _write_caption(picture: Image.Image, text: str, left: int, width: int) -> No
 
 def _write(path: Path, frames: Sequence[Image.Image], options: dict) -> None:
     """Save a picture, or several as a film that begins anew at its end."""
-    film = {"save_all": True, "append_images": frames[1:], "loop": 0} if len(frames) > 1 else {}
+    film: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "loop": 0}
+    if len(frames) == 1:
+        film = {}
     try:
         frames[0].save(path, **film, **options)
     except OSError as error:

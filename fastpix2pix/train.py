@@ -2,10 +2,13 @@
 
 import argparse
 import dataclasses
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +19,13 @@ from fastpix2pix.cores import CoreShare, loader_threads, use_threads
 from fastpix2pix.data import Loader, find_pairs, load_pair, open_loader
 from fastpix2pix.data.check import refuse_other_layouts
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
-from fastpix2pix.device import choose_device, why_no_gpu
+from fastpix2pix.device import choose_device, device_of_rank, why_no_gpu
 from fastpix2pix.errors import NotFinite, UserError, out_of_memory_is_one_line
 from fastpix2pix.interop.junyanz.flags import train_words
 from fastpix2pix.models import build_networks
-from fastpix2pix.monitor import FIRST_LOSSES, Monitor
+from fastpix2pix.monitor import FIRST_LOSSES, Monitor, NoMonitor
 from fastpix2pix.signals import end_at_once, limited, say, stop_requests
+from fastpix2pix.training.distributed import ALONE, RankGone, Ranks, joined, restarted
 from fastpix2pix.training.fine_tuning import begin_with
 from fastpix2pix.training.precision import WORKING_TYPES, choose_precision
 from fastpix2pix.training.prepare import PreparedStep, prepare_step
@@ -36,6 +40,7 @@ from fastpix2pix.training.resume import (
 from fastpix2pix.wandb_run import WandbRun
 
 SAMPLE_PAIRS = 4
+FAILED = 255  # what a rank tells the others, beside the number of the signal that it was sent
 NO_MEMORY = (
     "go on where there is more, close other programs, or train anew with a lower --batch_size, --crop_size, "
     "--ngf or --ndf, or with --cache 0"
@@ -119,9 +124,10 @@ def sample_pairs(
     return [(source.to(device, dtype), target.to(device, dtype)) for source, target in loaded]
 
 
-def batch_shapes(loader: Loader, config: TrainConfig) -> list[tuple[int, int, int, int]]:
-    """Every shape of images that the run will meet: the batch, and an epoch's last, smaller one."""
-    sizes = {min(config.batch_size, len(loader)), len(loader) % config.batch_size} - {0}
+def batch_shapes(loader: Loader, config: TrainConfig, position: int = 0) -> list[tuple[int, int, int, int]]:
+    """Every shape of images that the run will meet from sample ``position`` of an epoch on: the batch, and an
+    epoch's last, smaller one."""
+    sizes = {batch.share for start in (0, position) for batch in loader.rest_of_epoch(start)}
     return [(size, 3, config.crop_size, config.crop_size) for size in sorted(sizes, reverse=True)]
 
 
@@ -143,29 +149,45 @@ def start_line(config: TrainConfig, loader: Loader, root: Path, prepared: Prepar
     )
 
 
-def train(config: TrainConfig) -> None:
-    """Run training as ``config`` says. Raises UserError for what the user can mend."""
-    with run_folder.owned(config.run_folder), out_of_memory_is_one_line(NO_MEMORY):
-        _train(config)
+def train(config: TrainConfig, ranks: Ranks = ALONE) -> None:
+    """Run training as ``config`` says, together with the other ``ranks``. Raises UserError for what the user
+    can mend."""
+    owned = run_folder.owned(config.run_folder) if ranks.first else nullcontext()
+    with owned, out_of_memory_is_one_line(NO_MEMORY):
+        _train(config, ranks)
 
 
-def _train(config: TrainConfig) -> None:
-    found = find_checkpoint(config)
-    device = choose_device(config.device)
+def _train(config: TrainConfig, ranks: Ranks) -> None:
+    alone = ranks.size == 1
+    found = ranks.first_decides(lambda: find_checkpoint(config))
+    if alone:
+        device = choose_device(config.device)
+    else:
+        device = device_of_rank(config.device, ranks.local_rank, ranks.local_size)
+        ranks.check_same("--device", device.type)
     if config.device == "auto" and (reason := why_no_gpu()):
         print(f"training on the CPU: {reason}")
     use_threads(config.threads)
     precision = choose_precision(config.precision, device)
-    needs.check_memory(config, device, precision)
-    root = data_folder(config)
+    ranks.check_same("--precision", precision)
+    ranks.open_exchange(device)
+    if config.preprocess != "none":  # whose sizes are those of the images
+        needs.check_memory(config, device, precision)
+    with ranks.one_by_one():
+        root = data_folder(config)
     request, config = config, sized_by_data(config, root)
-    options = config.loader_options()
+    if request.preprocess == "none":
+        needs.check_memory(config, device, precision)
+    options = config.loader_options(ranks.rank, ranks.size)
     if device.type == "cpu" and config.num_threads is None:
-        options = dataclasses.replace(options, num_threads=loader_threads(options.num_threads))
+        threads = max(1, loader_threads(options.num_threads) // ranks.local_size)
+        options = dataclasses.replace(options, num_threads=threads)
     loader = open_loader(root, options, device=device, dtype=WORKING_TYPES[precision])
-    total = config.total_steps(loader.batches_per_epoch)
-    needs.check_data(config, loader, precision, total)
-    samples = sample_pairs(root, config, device, WORKING_TYPES[precision])
+    names = hashlib.sha256("\n".join(pair.name for pair in loader.pairs).encode()).hexdigest()
+    ranks.check_same(f"--dataroot {root}", f"{len(loader)} pairs, whose names have the digest {names[:8]}")
+    an_epoch = loader.batches_per_epoch
+    needs.check_data(config, loader, precision, config.steps_left(0, 0, an_epoch, an_epoch))
+    samples = sample_pairs(root, config, device, WORKING_TYPES[precision]) if ranks.first else []
     networks = build_networks(config.network_options())
     if found is None and config.init_from is not None:
         print(*begin_with(*networks, config.init_from), sep="\n")
@@ -180,34 +202,49 @@ def _train(config: TrainConfig) -> None:
         or not environment.verified_before(
             found[1].get("environment"), device, precision, graph=not config.no_graph
         ),
+        ranks=ranks,
     )
-    prepared.capture(batch_shapes(loader, config))
     step = prepared.step
     at = Position() if found is None else restore(step, found[1], found[0])
+    if not loader.rest_of_epoch(at.sample):  # too few for so many ranks
+        at = Position(at.steps, at.epoch + 1)
+    prepared.capture(batch_shapes(loader, config, at.sample))
     folder = config.run_folder
-    run_folder.write_request(request)
 
-    total = config.total_steps(loader.batches_per_epoch)
+    total = at.steps + config.steps_left(
+        at.steps, at.epoch, len(loader.rest_of_epoch(at.sample)), loader.batches_per_epoch
+    )
 
     def environment_block() -> dict:
-        data = {"loader": loader.kind, "direction": config.resolved_direction(), "steps": total}
+        data: dict = {
+            "loader": loader.kind,
+            "direction": config.resolved_direction(),
+            "steps": total,
+            "processes": str(ranks.size),
+        }
         return environment.describe(device, prepared.resolved() | data)
 
-    run_folder.write_environment(environment_block(), folder)
+    if ranks.first:
+        run_folder.write_request(request)
+        run_folder.write_environment(environment_block(), folder)
     print(start_line(config, loader, root, prepared, total))
+    if not alone:
+        print(ranks_line(config, ranks, device))
 
-    wandb = None
-    if config.use_wandb:
-        wandb = WandbRun(folder, config.wandb_project_name, config.name, request.to_dict())
-    monitor = Monitor(
-        folder,
-        first_step=at.steps,
-        total_steps=total,
-        batch_size=config.batch_size,
-        gan_mode=config.gan_mode,
-        samples=samples,
-        wandb=wandb,
-    )
+    monitor: Any = NoMonitor()
+    if ranks.first:
+        wandb = None
+        if config.use_wandb:
+            wandb = WandbRun(folder, config.wandb_project_name, config.name, request.to_dict())
+        monitor = Monitor(
+            folder,
+            first_step=at.steps,
+            total_steps=total,
+            batch_size=config.batch_size * ranks.size,
+            gan_mode=config.gan_mode,
+            samples=samples,
+            wandb=wandb,
+        )
     first = tried = at.steps  # tried: the newest step that was saved, or could not be
 
     def save() -> None:
@@ -217,8 +254,9 @@ def _train(config: TrainConfig) -> None:
         block = environment_block()
         state = training_state(step, config, block, at)
         check_finite(state)  # it must not displace a good one
-        checkpoint.save(folder, at.steps, state, config.keep_checkpoints)
-        run_folder.write_environment(block, folder)  # the loader may have fallen back
+        if ranks.first:
+            checkpoint.save(folder, at.steps, state, config.keep_checkpoints)
+            run_folder.write_environment(block, folder)  # the loader may have fallen back
         monitor.report()
 
     stopped = f"the run goes on with --continue_train --name {config.name}"
@@ -235,18 +273,28 @@ def _train(config: TrainConfig) -> None:
         end_at_once(stops.exit_code)
 
     stream = loader.stream(at.epoch, at.sample)
-    undo = Undo(step) if prepared.run is step else None  # a graph allocates nothing when it is replayed
+    # A graph allocates nothing when it is replayed; of several ranks none knows how far the others came.
+    undo = Undo(step) if alone and prepared.run is step else None
     share = CoreShare(torch.get_num_threads())
     failure = ""
-    within_step = False  # then the state in memory is neither the old nor the new one
-    with stop_requests(stop_waiting) as stops:
+    # Of an error within a step, the state in memory is neither the old nor the new one; of one elsewhere than
+    # in the loader other ranks do not know, so that they don't save.
+    within_step, verdict = False, 0
+    with stop_requests(stop_waiting if alone else None, quiet=not ranks.first) as stops:
         try:
-            while at.steps < total and not stops:
+            while at.steps < total and not (alone and stops):
                 began = time.perf_counter()
-                with stops.waiting():
-                    batch = next(stream)
+                try:
+                    with stops.waiting():
+                        batch = next(stream)
+                except Exception:
+                    verdict = ranks.agree(FAILED)
+                    raise
                 monitor.waited(time.perf_counter() - began)
-                lr = config.lr_at(at.steps, loader.batches_per_epoch)
+                if not alone and (verdict := ranks.agree(stops.received[0] if stops else 0)):
+                    stops.agree_on(verdict)
+                    break
+                lr = config.lr_at(at.epoch)
                 step.set_lr(lr)
                 within_step = True
                 if undo is not None:
@@ -263,30 +311,47 @@ def _train(config: TrainConfig) -> None:
                     monitor.show_samples(at.steps, lr, step)
                 if at.steps % config.save_latest_freq == 0 or ends_epochs(at, config.save_epoch_freq):
                     save()
+            stops.settle()
             if at.steps > first and at.steps % config.display_freq and not stops:
                 monitor.show_samples(at.steps, lr, step)
             if at.steps > tried:
                 save()
-        except NotFinite as error:
+        except (NotFinite, RankGone) as error:
             failure = f"error: {error}"
             raise
         except Exception as error:
             if within_step and undo is not None and undo.take_back():
                 within_step = False
-            if at.steps > tried and not within_step:
+            if at.steps > tried and not within_step and (alone or verdict):
                 save_in_spite_of(save, at.steps)
+            if verdict:
+                ranks.part()
             failure = f"error: {error}"
             raise
         finally:
             monitor.close()
             line, code = f"done: {at.steps} steps; checkpoints and samples are in {folder}", 0
-            if stops:
+            if stops if alone else verdict:
                 line, code = f"stopped at step {at.steps}; {stopped}", stops.exit_code
             with limited(*((failure, 2) if failure else (line, code))):  # a decoder may wait for ever
                 loader.close()
+            prepared.release()
+        stops.finish()
+        ranks.part()
+    if verdict == FAILED:
+        sys.exit(2)
     print(line)
     if code:
         sys.exit(code)
+
+
+def ranks_line(config: TrainConfig, ranks: Ranks, device: torch.device) -> str:
+    """How many processes train, on what, and what a step of all of them is."""
+    each, backend = ("GPU", "NCCL") if device.type == "cuda" else ("CPU process", "gloo")
+    return (
+        f"{ranks.size} processes, one a {each} ({backend}): --batch_size {config.batch_size} in each makes "
+        f"{config.batch_size * ranks.size} pairs a step; gradients and losses are means over all"
+    )
 
 
 def ends_epochs(at: Position, every: int | None) -> bool:
@@ -304,6 +369,12 @@ def save_in_spite_of(save: Callable[[], None], steps: int) -> None:
         say(f"step {steps} is saved; --continue_train goes on from it")
 
 
+def goes_on(folder: Path) -> bool:
+    """Whether torchrun has started the run in ``folder`` again after it saved a checkpoint, from which it
+    then goes on without being told to."""
+    return restarted() and checkpoint.latest(folder) is not None
+
+
 def defaults(argv: Sequence[str]) -> TrainConfig | None:
     """What flags are laid over before anything is checked: what the run to continue was asked for, or what
     --quick stands for; None for neither. A flag that sets the length takes the place of theirs."""
@@ -318,7 +389,7 @@ def defaults(argv: Sequence[str]) -> TrainConfig | None:
         flags, others = parser.parse_known_args(argv)
     except argparse.ArgumentError:
         return None  # the real parser says what is wrong
-    if flags.continue_train:
+    if flags.continue_train or goes_on(flags.checkpoints_dir / flags.name):
         check_name(flags.name)
         saved = run_folder.read_request(flags.checkpoints_dir / flags.name)
     elif flags.quick:
@@ -335,7 +406,28 @@ def defaults(argv: Sequence[str]) -> TrainConfig | None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse and train. A continued run takes what no flag says from its own ``config.json``."""
-    cli.run(TrainConfig, train, argv, default=defaults, habits=train_words)
+    with joined() as ranks:
+
+        def decided(parse: Callable[[], TrainConfig]) -> TrainConfig:
+            def request() -> TrainConfig:
+                config = parse()
+                again = config.continue_train or goes_on(config.run_folder)
+                return dataclasses.replace(config, continue_train=again)
+
+            return ranks.first_decides(request)
+
+        def command(config: TrainConfig) -> None:
+            train(config, ranks)
+
+        cli.run(
+            TrainConfig,
+            command,
+            argv,
+            default=defaults,
+            habits=train_words,
+            decide=decided,
+            complain=ranks.complain,
+        )
 
 
 if __name__ == "__main__":

@@ -415,18 +415,14 @@ def tanh_l1_forward(
     bias: Tensor | None,
     target: Tensor,
     out: Tensor | None = None,
-    target_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``fake = tanh(x + bias)`` and the mean absolute difference from ``target``.
 
     x: (N, C, H, W) channels-last, the last transposed convolution without its bias. out: where the fake
     image goes, a channel slice of the discriminator's input, in the type of ``x``; None allocates.
-    target_out: another such slice, in the type of ``target``, to which that is copied, or None.
     Returns the image and a float32 scalar (float64 for float64). The loss is that of the image as stored.
     """
     z = x.to(compute_dtype(x.dtype))
-    if target_out is not None:
-        target_out.copy_(target)
     fake = _store(torch.tanh(z if bias is None else z + bias.view(1, -1, 1, 1)), x, out)
     return fake, (fake.to(z.dtype) - target.to(z.dtype)).abs().mean()
 

@@ -69,17 +69,12 @@ def tanh_l1_forward(
     bias: Tensor | None,
     target: Tensor,
     out: Tensor | None = None,
-    target_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``reference.tanh_l1_forward``, in two launches on a GPU.
-
-    ValueError for an ``out`` unlike ``x``, or a ``target_out`` unlike ``target``.
-    """
+    """``reference.tanh_l1_forward``, in two launches on a GPU. ValueError for an ``out`` unlike ``x``."""
     if not use_triton(x):
-        return reference.tanh_l1_forward(x, bias, target, out, target_out)
+        return reference.tanh_l1_forward(x, bias, target, out)
     x, target = as_pixels(x), as_pixels(target)
     fake = output_like(x, out)
-    copied = None if target_out is None else output_like(target, target_out)
     l1 = torch.empty((), dtype=compute_dtype(x.dtype), device=x.device)
     partials = l1.new_empty((_programs(x), 1))
     launch(
@@ -89,12 +84,11 @@ def tanh_l1_forward(
         bias,
         _image(target),
         _image(fake),
-        _image(copied),
         partials,
         x.numel(),
         **_constants(x),
         reads=(x, bias, target),
-        writes=(fake, copied, partials),
+        writes=(fake, partials),
     )
     _sum(partials, l1, x.numel())
     return fake, l1
@@ -153,11 +147,10 @@ def tanh_l1(
     bias: Tensor | None,
     target: Tensor,
     out: Tensor | None = None,
-    target_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Differentiable ``tanh_l1_forward``, with respect to ``x`` and ``bias``.
 
-    ``out`` and ``target_out`` are plain memory to write into, not inputs of the autograd graph: the image
-    returned is a new tensor that shares it.
+    ``out`` is plain memory to write into, not an input of the autograd graph: the image returned is a new
+    tensor that shares it.
     """
-    return _TanhL1.apply(x, bias, target, (out, target_out))
+    return _TanhL1.apply(x, bias, target, (out,))

@@ -5,10 +5,10 @@ p * channels + c is channel c of pixel p. Program i works on the i-th BLOCK of p
 
 Arguments:
 
-* x, fake, target, copied, dfake, dx: ``ImagePointer``s to (N, C, H, W) in the storage type: the last
-  convolution's output, the generated image, the image that it should be, a copy of that, and the gradients of
-  the first two. A stride of None means that the pixels are C elements apart, so that all values move in full
-  vectors; a slice of a wider buffer is addressed pixel by pixel. copied and dfake may be None.
+* x, fake, target, dfake, dx: ``ImagePointer``s to (N, C, H, W) in the storage type: the last convolution's
+  output, the generated image, the image that it should be, and the gradients of the first two. A stride of
+  None means that the pixels are C elements apart, so that all values move in full vectors; a slice of a wider
+  buffer is addressed pixel by pixel. dfake may be None.
 * bias: pointer to (C,), or None. dl1: pointer to the loss's gradient, a scalar, or None.
 * partials: pointer to (programs, sums) in the type that is computed in: each program's share of the results.
 * total: number of values of one image.
@@ -70,25 +70,21 @@ def tanh_l1_forward_map(
     bias,
     target,
     fake,
-    copied,
     partials,
     total,
     CHANNELS: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Reads x, bias and target; writes fake, copied and, into partials, the sums of |fake - target|."""
+    """Reads x, bias and target; writes fake and, into partials, the sums of |fake - target|."""
     inside = _start(BLOCK) + tl.arange(0, BLOCK) < total
     z = _load(x, inside, CHANNELS, DTYPE, BLOCK)
-    wanted = tl.load(_pointers(target, CHANNELS, BLOCK), mask=inside, other=0.0)
     if bias is not None:
         _, channel = _split(CHANNELS, BLOCK)
         z += tl.load(bias + channel, mask=inside, other=0.0).to(DTYPE)
     value = _tanh(z).to(fake.pointer.dtype.element_ty)
     tl.store(_pointers(fake, CHANNELS, BLOCK), value, mask=inside)
-    if copied is not None:
-        tl.store(_pointers(copied, CHANNELS, BLOCK), wanted, mask=inside)
-    distance = tl.abs(value.to(DTYPE) - wanted.to(DTYPE))
+    distance = tl.abs(value.to(DTYPE) - _load(target, inside, CHANNELS, DTYPE, BLOCK))
     tl.store(partials + tl.program_id(0), tl.sum(tl.where(inside, distance, 0.0)))
 
 

@@ -32,8 +32,8 @@ WHOLE_FORWARD = Regime(sectors=1, vectors=2, max_warps=16)
 WHOLE_BACKWARD = Regime(sectors=1, vectors=1, max_warps=16)
 
 # Kernels whose programs share the pixels. With two sectors of each pixel, a warp's load touches 8 lines of
-# the L1, whose tag lookups then keep up with what the L2 delivers; with 8 warps, two or more programs fit on
-# a multiprocessor and hide each other's latency.
+# the L1, whose tag lookups then keep up with what the L2 delivers. Forward, two or more programs of 8 warps
+# fit on a multiprocessor and hide each other's latency; backward, three images fill the registers of 16.
 CHUNK_FORWARD = Regime(sectors=2, vectors=2, max_warps=8)
 CHUNK_BACKWARD = Regime(sectors=2, vectors=1, max_warps=16)
 

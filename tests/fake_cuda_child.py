@@ -235,7 +235,7 @@ class CUDAGraph:
 
     capturing = False
 
-    def capture_begin(self, **_: Any) -> None:
+    def capture_begin(self, *_: Any, **__: Any) -> None:
         CUDAGraph.capturing = True
         recorder.call(f"capture {current_stream()}")
 
@@ -287,6 +287,7 @@ PROPERTIES = SimpleNamespace(
 )
 FAKES = {
     "CUDAGraph": CUDAGraph,
+    "graph_pool_handle": lambda: (0, 1),
     "Event": Event,
     "Stream": Stream,
     "current_device": current_device,

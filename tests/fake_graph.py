@@ -7,7 +7,7 @@ are baked in, addresses are fixed, nothing of the host program runs again, and s
 created again in every replay.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from fastpix2pix.kernels import launch
+from fastpix2pix.training.graph import capture_segments
 
 aten = torch.ops.aten
 UNINITIALISED = {
@@ -68,6 +69,8 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = operator._schema.name
+        if name.startswith("c10d::"):
+            raise CaptureRefused(f"{name}: a collective is captured")
         if name in SYNCHRONISING:
             raise CaptureRefused(f"{name}: {SYNCHRONISING[name]}")
         self._check(name, tensors_in((args, kwargs)))
@@ -117,16 +120,25 @@ class FakeGraphBackend:
         for _ in range(times):
             body()
 
-    def capture(self, body: Callable[[], None]) -> Callable[[], None]:
-        tape = Tape([*self._static(), *body.args])
-        if self._on_kernels:
-            with tape, launch.observed(tape.on_launch, run=False):
-                body()
-        else:
-            with tape:
-                body()
-        self.tapes.append(tape)
-        return tape.replay
+    def capture(self, segments: Callable[[], Iterator[Callable[[], None]]]) -> Callable[[], None]:
+        """As many tapes as there are segments; a later one may rely on what an earlier one has made."""
+        known = [*self._static(), *segments.args]
+        first = len(self.tapes)
+
+        def capture(segment: Callable[[], None]) -> Callable[[], None]:
+            tape = Tape(known)
+            for earlier in self.tapes[first:]:
+                tape._known |= earlier._known
+            self.tapes.append(tape)
+            if self._on_kernels:
+                with tape, launch.observed(tape.on_launch, run=False):
+                    segment()
+            else:
+                with tape:
+                    segment()
+            return tape.replay
+
+        return capture_segments(segments(), capture)
 
 
 def static_tensors(train_step) -> list[Tensor]:

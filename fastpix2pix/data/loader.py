@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import tee
-from math import ceil
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from fastpix2pix.data.jitter import Images, jittered_chunks
 from fastpix2pix.data.options import Direction, Kind, LoaderOptions, Requested
 from fastpix2pix.data.pairs import Pair, find_pairs
-from fastpix2pix.data.plan import Chunk, epoch_plan
+from fastpix2pix.data.plan import Chunk, GlobalBatch, epoch_plan, global_batches
 from fastpix2pix.data.resize import Interpolation, resize
 from fastpix2pix.errors import UserError
 from fastpix2pix.pixels import normalize
@@ -29,12 +28,12 @@ Halves = tuple[Tensor, Tensor]  # A and B
 
 
 class Batch(NamedTuple):
-    """What one training step takes, and where the stream stands after it."""
+    """What one training step takes of one rank, and where the stream of all ranks stands after it."""
 
     source: Tensor  # (n, 3, crop_size, crop_size), channels-last memory, in [-1, 1]
     target: Tensor  # as source
     epoch: int  # store epoch and position in a checkpoint, and Loader.stream goes on from there
-    position: int  # samples of this epoch consumed
+    position: int  # samples of this epoch consumed, by all ranks
     names: tuple[str, ...]
 
 
@@ -58,10 +57,14 @@ class Loader:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def rest_of_epoch(self, position: int = 0) -> list[GlobalBatch]:
+        """The batches from sample ``position`` of an epoch to its end; the last one may be smaller."""
+        options = self.options
+        return list(global_batches(len(self.pairs), position, options.batch_size, options.ranks))
+
     @property
     def batches_per_epoch(self) -> int:
-        """The last batch of an epoch is smaller when the batch size does not divide the number of pairs."""
-        return ceil(len(self.pairs) / self.options.batch_size)
+        return len(self.rest_of_epoch())
 
     @property
     def cached(self) -> bool:
@@ -88,17 +91,17 @@ class Loader:
             self._streams.pop().close()
 
     def _batches(self, epoch: int, position: int) -> Iterator[Batch]:
-        batch_size = self.options.batch_size
         with closing(self._jittered(epoch, position)) as made, closing(self._ahead(made)) as chunks:
             for chunk, a, b in chunks:
                 source, target = oriented(a, b, self.options.direction)
                 names = [self.pairs[i].name for i in chunk.which]
-                for low in range(0, len(names), batch_size):
-                    part = slice(low, low + batch_size)
-                    after = chunk.epoch, chunk.start + min(part.stop, len(names))
-                    if after[1] == len(self.pairs):
-                        after = chunk.epoch + 1, 0
-                    yield Batch(source[part], target[part], *after, tuple(names[part]))
+                low = 0
+                for batch in chunk.batches:
+                    part = slice(low, low := low + batch.share)
+                    epoch, position = chunk.epoch, batch.end
+                    if position == len(self):
+                        epoch, position = epoch + 1, 0
+                    yield Batch(source[part], target[part], epoch, position, tuple(names[part]))
 
     def _ahead(self, chunks: Iterator) -> Iterator:
         """Has the next chunk made in a thread; a GPU works in advance of its host without one."""
@@ -161,7 +164,7 @@ class Loader:
             yield from jittered_chunks(images, same_chunks, self.options.crop_size, self.dtype)
 
     def _chunks(self, epoch: int, position: int) -> Iterator[Chunk]:
-        chunk_size = self.options.chunk_size(self.device)
+        batches_a_chunk = self.options.chunk_size(self.device) // self.options.batch_size
         while True:
             plan = epoch_plan(
                 self.options.seed,
@@ -172,9 +175,11 @@ class Loader:
                 flip=self.options.flip,
                 shuffle=self.options.shuffle,
             )
-            for start in range(position, len(self.pairs), chunk_size):
-                part = slice(start, start + chunk_size)
-                yield Chunk(epoch, start, *(decisions[part] for decisions in plan))
+            batches = self.rest_of_epoch(position)
+            for first in range(0, len(batches), batches_a_chunk):
+                some = tuple(batches[first : first + batches_a_chunk])
+                mine = [place for batch in some for place in batch.of(self.options.rank)]
+                yield Chunk(epoch, some, *(decisions[mine] for decisions in plan))
             epoch, position = epoch + 1, 0
 
     def _resident(
@@ -219,6 +224,9 @@ def open_loader(
     that cannot be used.
     """
     pairs = find_pairs(root, split)[: options.max_dataset_size]
+    if len(pairs) < options.ranks:
+        raise UserError(f"{root}: {len(pairs)} pairs do not give each of {options.ranks} processes one; use "
+                        "fewer processes")  # fmt: skip
     loader = Loader(pairs, options, _choose(options.loader), torch.device(device), dtype)
     log.info(f"{len(pairs)} pairs of {root}, {split}, decoded by the {loader.kind} loader")
     if options.cache_bytes and not loader.cached:

@@ -38,6 +38,9 @@ class LoaderOptions:
     """A data set whose resized pixels (8 bit) fit in here is decoded once and kept on the device."""
     chunk: int | None = None
     """Pairs that are decoded in one run, rounded down to whole batches: 64 on a GPU, 16 on the CPU."""
+    rank: int = 0
+    """Of ``ranks`` loaders that share the samples of every step, ``batch_size`` each, this is which."""
+    ranks: int = 1
 
     def __post_init__(self):
         for name, least in {
@@ -46,6 +49,8 @@ class LoaderOptions:
             "batch_size": 1,
             "num_threads": 1,
             "seed": 0,
+            "rank": 0,
+            "ranks": 1,
         }.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: give a number of at least {least}")

@@ -1,5 +1,6 @@
 """Every random decision of an epoch, as data: the order of the pairs, their crops and their flips."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,14 +16,39 @@ class Plan(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The plan of consecutive samples of one epoch that are decoded together."""
+    """The plan of samples that are decoded together: those of one rank in consecutive batches of an epoch."""
 
     epoch: int
-    start: int  # the first sample's position in the epoch
+    batches: tuple["GlobalBatch", ...]
     which: np.ndarray  # int64 (n,): indices of the pairs; these four as in Plan
     top: np.ndarray
     left: np.ndarray
     mirror: np.ndarray
+
+
+class GlobalBatch(NamedTuple):
+    """What all ranks take in one step: consecutive samples of an epoch, as many each."""
+
+    start: int  # the first sample's position in the epoch
+    share: int  # samples of each rank
+    end: int  # the position after it: that of the next batch, or the epoch's length after its last one
+
+    def of(self, rank: int) -> range:
+        """The positions of ``rank``'s samples."""
+        return range(self.start + rank * self.share, self.start + (rank + 1) * self.share)
+
+
+def global_batches(count: int, position: int, batch_size: int, ranks: int) -> Iterator[GlobalBatch]:
+    """The batches of an epoch of ``count`` samples from ``position`` on, ``batch_size`` for each rank.
+
+    The last one is smaller where that does not divide the rest, and the fewer than ``ranks`` samples that are
+    left then are not taken: every rank makes the same steps on as many images.
+    """
+    while count - position >= ranks:
+        share = min(batch_size, (count - position) // ranks)
+        after = position + ranks * share
+        yield GlobalBatch(position, share, after if count - after >= ranks else count)
+        position = after
 
 
 def epoch_plan(

@@ -121,7 +121,7 @@ class Block(nn.Module):
         """
         if not self.is_deep(x):
             with torch.set_grad_enabled(train_conv and torch.is_grad_enabled()):
-                pre = self._convolve(x)
+                pre = self.convolve(x)
             return self.epilogue(pre, rng, out, skip_out)
         weight, epilogue = self.conv.weight, self.epilogue
         if not train_conv:
@@ -164,7 +164,8 @@ class Block(nn.Module):
         sides = (2 * h, 2 * w) if self.transposed else (h // 2, w // 2)
         return n, self.conv.out_channels, *sides
 
-    def _convolve(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor) -> Tensor:
+        """The convolution alone."""
         conv = self.conv
         if isinstance(conv, nn.ConvTranspose2d):
             return conv_transpose2d(x, conv.weight, conv.bias)

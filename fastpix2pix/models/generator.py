@@ -108,16 +108,22 @@ class UNetGenerator(nn.Module):
 
         x = source.contiguous(memory_format=torch.channels_last)
         skips = []
-        passage = None
+        passage: Passage | None = None
         for down in self.downs[:-1]:
+            # A deep block is one op. Elsewhere autocast may give the convolution's output another type.
+            pre = None if down.is_deep(x) else down.convolve(x)
             n, c, h, w = down.out_shape(x)
+            dtype = x.dtype if pre is None else pre.dtype
             joined = torch.empty(
-                (n, 2 * c, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+                (n, 2 * c, h, w), dtype=dtype, device=x.device, memory_format=torch.channels_last
             )
             first, second = joined[:, :c], joined[:, c:]
             skip_out, up_out = (first, second) if self.skip_first else (second, first)
             before, passage = passage, down.passage(x)
-            x, skip = down(x, skip_out=skip_out, before=before, after=passage)
+            if pre is None:
+                x, skip = down(x, skip_out=skip_out, before=before, after=passage)
+            else:
+                x, skip = down.epilogue(pre, None, None, skip_out)
             skips.append((joined, skip, up_out))
         before, passage = passage, self.downs[-1].passage(x)
         x = self._innermost(x, before, passage)

@@ -4,15 +4,15 @@ Asynchronous copies to the host live here too, the other thing that only a GPU d
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastpix2pix.training.losses import Losses
-from fastpix2pix.training.step import TrainStep
+from fastpix2pix.training.step import Between, TrainStep
 
 # Warm-up steps: cuDNN chooses its algorithms and Triton compiles in the first, the allocator's pools settle
 # in the second; PyTorch's own recipe (docs, "CUDA semantics", "Whole-network capture") has three.
@@ -30,8 +30,37 @@ class Backend(Protocol):
     def warm_up(self, body: Callable[[], None], times: int) -> None:
         """Run ``body`` as it will be captured."""
 
-    def capture(self, body: Callable[[], None]) -> Callable[[], None]:
-        """Run ``body`` once, and return what does the same work again on the same tensors."""
+    def capture(self, segments: Callable[[], Iterator[Between]]) -> Callable[[], None]:
+        """Run what is between the values of the generator once, and return what does the same work again on
+        the same tensors, calling these values between."""
+
+
+def capture_segments(
+    running: Iterator[Between], capture: Callable[[Callable[[], None]], Callable[[], None]]
+) -> Callable[[], None]:
+    """Have each segment of a step captured by ``capture``, and return the replay of all.
+
+    capture: runs a segment and returns its replay. What is between segments is not run: no value in memory
+    means anything while a step is captured.
+    """
+    parts: list[Callable[[], None]] = []
+    following: Between | None = None
+
+    def segment() -> None:
+        nonlocal following
+        following = next(running, None)
+
+    while True:
+        parts.append(capture(segment))
+        if following is None:
+            break
+        parts.append(following)
+
+    def replay() -> None:
+        for part in parts:
+            part()
+
+    return replay if len(parts) > 1 else parts[0]
 
 
 class CudaBackend:
@@ -52,12 +81,16 @@ class CudaBackend:
         current.wait_stream(self.stream)
         torch.cuda.synchronize(self.device)
 
-    def capture(self, body: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, segments: Callable[[], Iterator[Between]]) -> Callable[[], None]:
+        pool = torch.cuda.graph_pool_handle()  # of all segments, which are replayed in the order of capture
+        return capture_segments(segments(), partial(self._capture, pool))
+
+    def _capture(self, pool: Any, segment: Callable[[], None]) -> Callable[[], None]:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
-            # thread_local: DALI and pinned-memory threads may call CUDA while this thread captures.
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                body()
+            # thread_local: DALI, NCCL and pinned-memory threads may call CUDA while this thread captures.
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+                segment()
         except Exception as error:
             CudaBackend.failure = first_line(error)
             raise
@@ -67,7 +100,7 @@ class CudaBackend:
 
 
 class _Captured(NamedTuple):
-    """A graph and the tensors that it reads and leaves its image in."""
+    """A step's graphs, and the tensors that they read and leave its image in."""
 
     replay: Callable[[], None]
     source: Tensor
@@ -76,7 +109,8 @@ class _Captured(NamedTuple):
 
 
 class CapturedStep:
-    """A ``TrainStep`` whose body is captured once for each shape of its inputs, then only replayed.
+    """A ``TrainStep`` whose body is captured once for each shape of its inputs, then only replayed: in one
+    graph, or, where several ranks exchange tensors between its segments, in a graph for each.
 
     Called as the step itself is. A capture that fails, for whatever reason, is tried only once a process:
     from then on the step runs eagerly. ``failure`` says why, and is None as long as all is captured.
@@ -119,7 +153,7 @@ class CapturedStep:
         try:
             self._backend.warm_up(body, WARM_UP_STEPS)
             try:
-                replay = self._backend.capture(body)
+                replay = self._backend.capture(partial(self.step.segments, *slots))
             except Exception as error:  # of CUDA, Triton, the allocator, or a library's own: all mean eager
                 self._give_up(first_line(error))
             else:
@@ -128,6 +162,10 @@ class CapturedStep:
             self.step.forget_gradients()
             # Warm-up steps were real ones; training starts from where they began.
             restore(self.step.state(), before)
+
+    def release(self) -> None:
+        """Let go of all graphs: before the ranks leave their group."""
+        self._captured.clear()
 
     def _give_up(self, reason: str) -> None:
         self.failure = reason

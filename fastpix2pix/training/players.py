@@ -5,13 +5,16 @@ both; the update rules (``training.step``) are written in these words.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastpix2pix.kernels.gan_loss import gan_loss, gan_target_loss
+from fastpix2pix.kernels.reference import GanLoss
 from fastpix2pix.kernels.tanh_l1 import tanh_l1
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
+from fastpix2pix.training.objective import Judged, Objective, l1_loss, without_gradient
 from fastpix2pix.training.optim import MasterAdam
 
 
@@ -58,6 +61,12 @@ class Players(Protocol):
     def logits_of_fake(self, drawn: Drawn) -> Tensor:
         """(N, ...) logits of the fake pairs by the discriminator as it now is, for the generator alone."""
 
+    def gan_loss(self, logits: Tensor, **rule: Any) -> GanLoss:
+        """``kernels.gan_loss.gan_loss`` of what ``logits_of_both`` returned."""
+
+    def gan_target_loss(self, logits: Tensor, real: bool, **rule: Any) -> tuple[Tensor, Tensor]:
+        """``kernels.gan_loss.gan_target_loss`` of what ``logits_of_fake`` returned."""
+
     def backward(self, paths: Sequence[Backward]) -> None:
         """Add each path's gradient to the parameters of its optimizer, and to no others."""
 
@@ -82,10 +91,9 @@ class FusedPlayers:
         first, second = slice(0, n), slice(n, 2 * n)
         real_rows, fake_rows = (first, second) if self.real_first else (second, first)
         pairs.unflatten(0, (2, n))[:, :, :c] = source  # beside both, in one copy
+        pairs[real_rows, c:] = target
         before_tanh = self.generator.before_tanh(source)
-        fake, l1 = tanh_l1(
-            before_tanh, self.generator.last.bias, target, pairs[fake_rows, c:], pairs[real_rows, c:]
-        )
+        fake, l1 = tanh_l1(before_tanh, self.generator.last.bias, target, out=pairs[fake_rows, c:])
         return Drawn(source, target, fake, l1, pairs, fake_rows)
 
     def logits_of_both(self, drawn: Drawn, *, through_fake: bool) -> tuple[Tensor, Tensor]:
@@ -97,6 +105,9 @@ class FusedPlayers:
             drawn.pairs[drawn.rows], drawn.fake, slice(None), parts=1, train=False
         )
         return logits
+
+    gan_loss = staticmethod(gan_loss)
+    gan_target_loss = staticmethod(gan_target_loss)
 
     def backward(self, paths: Sequence[Backward]) -> None:
         bias = self.logit_bias
@@ -113,31 +124,72 @@ class FusedPlayers:
 
 
 class ModulePlayers:
-    """Any two modules: the first maps the source to an image, the second [source, image], stacked on
-    channels, to logits.
+    """Any two modules: the first maps the source to an image, the second source and image to logits, as
+    ``objective`` says. Logits of several maps go through a step side by side, as (N, logits of all maps).
     """
 
-    def __init__(self, generator: nn.Module, discriminator: nn.Module, *, real_first: bool):
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        *,
+        real_first: bool,
+        objective: Objective | None = None,
+    ):
         self.generator, self.discriminator, self.real_first = generator, discriminator, real_first
+        self.objective = Objective() if objective is None else objective
+        self._sizes: list[int] = []  # of the maps
         self.logit_bias = None
 
-    def draw(self, source: Tensor, target: Tensor) -> Drawn:
-        fake = self.generator(source)
-        return Drawn(source, target, fake, (target - fake).abs().mean())
+    def draw(self, source: Tensor, target: Tensor) -> Judged:
+        return Judged(source, target, self.generator(source), self.objective.image_loss)
 
-    def logits_of_both(self, drawn: Drawn, *, through_fake: bool) -> tuple[Tensor, Tensor]:
+    def logits_of_both(self, drawn: Judged, *, through_fake: bool) -> tuple[Tensor, Tensor]:
         fake = drawn.fake if through_fake else drawn.fake.detach()
         images = (drawn.target, fake) if self.real_first else (fake, drawn.target)
         # One after the other: running statistics see the halves in this order.
-        halves = [self.discriminator(torch.cat((drawn.source, image), 1)) for image in images]
-        logits = torch.cat(halves)
-        return logits, logits.chunk(2)[1 if self.real_first else 0]
+        outputs = [self._judge(drawn.source, image) for image in images]
+        real, drawn.fake_output = outputs if self.real_first else reversed(outputs)
+        drawn.real_output = without_gradient(real)
+        halves = [self._side_by_side(output) for output in outputs]
+        return torch.cat(halves), halves[1 if self.real_first else 0]
 
-    def logits_of_fake(self, drawn: Drawn) -> Tensor:
-        return self.discriminator(torch.cat((drawn.source, drawn.fake), 1))
+    def logits_of_fake(self, drawn: Judged) -> Tensor:
+        drawn.fake_output = self._judge(drawn.source, drawn.fake)
+        if self.objective.image_loss is not l1_loss:  # of features, by D as it now is
+            with torch.no_grad():
+                drawn.real_output = self._judge(drawn.source, drawn.target)
+        return self._side_by_side(drawn.fake_output)
+
+    def _judge(self, source: Tensor, image: Tensor) -> Any:
+        if self.objective.pairs == "apart":
+            return self.discriminator(source, image)
+        return self.discriminator(torch.cat((source, image), 1))
+
+    def _side_by_side(self, output: Any) -> Tensor:
+        maps = [logits.flatten(1) for logits in self.objective.logits(output)]
+        self._sizes = [logits.shape[1] for logits in maps]
+        return torch.cat(maps, 1)
+
+    def gan_loss(self, logits: Tensor, **rule: Any) -> GanLoss:
+        """Sums over maps; the gradients side by side again."""
+        made = [gan_loss(part, **rule) for part in self._maps(logits)]
+        gradients = (torch.cat([getattr(one, name) for one in made], 1) for name in ("disc_grad", "gen_grad"))
+        return GanLoss(_sum([one.losses for one in made]), *gradients)
+
+    def gan_target_loss(self, logits: Tensor, real: bool, **rule: Any) -> tuple[Tensor, Tensor]:
+        made = (gan_target_loss(part, real, **rule) for part in self._maps(logits))
+        losses, gradients = zip(*made, strict=True)
+        return _sum(losses), torch.cat(gradients, 1)
+
+    def _maps(self, logits: Tensor) -> list[Tensor]:
+        return [part.contiguous() for part in logits.split(self._sizes, 1)]
 
     def backward(self, paths: Sequence[Backward]) -> None:
-        optimizers = list(dict.fromkeys(path.optimizer for path in paths))
+        """The generator's first: its gradients pass the discriminator's weights, which the other pass may
+        update, while that one needs none of the generator's.
+        """
+        optimizers = list(dict.fromkeys(path.optimizer for path in reversed(paths)))
         for optimizer in optimizers:
             own = [path for path in paths if path.optimizer is optimizer]
             torch.autograd.backward(
@@ -148,8 +200,17 @@ class ModulePlayers:
             )
 
 
-def players_for(generator: nn.Module, discriminator: nn.Module, *, real_first: bool) -> Players:
-    """Fused players where both networks are ours, else players that take any modules."""
-    if isinstance(generator, UNetGenerator) and isinstance(discriminator, PatchDiscriminator):
+def _sum(losses: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(losses)).sum(0)
+
+
+def players_for(
+    generator: nn.Module, discriminator: nn.Module, *, real_first: bool, objective: Objective | None = None
+) -> Players:
+    """Fused players where both networks are ours and no other objective is given, else players that take any
+    modules.
+    """
+    ours = isinstance(generator, UNetGenerator) and isinstance(discriminator, PatchDiscriminator)
+    if ours and objective is None:
         return FusedPlayers(generator, discriminator, real_first=real_first)
-    return ModulePlayers(generator, discriminator, real_first=real_first)
+    return ModulePlayers(generator, discriminator, real_first=real_first, objective=objective)

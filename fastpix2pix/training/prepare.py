@@ -18,6 +18,7 @@ from fastpix2pix.kernels.precompile import precompile
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
 from fastpix2pix.training.deep_choice import FIRST_CAPABILITY, ColdTimer, choose, problems_of
 from fastpix2pix.training.diagnosis import explain
+from fastpix2pix.training.distributed import ALONE, Ranks
 from fastpix2pix.training.graph import CapturedStep
 from fastpix2pix.training.losses import Losses
 from fastpix2pix.training.options import Precision, StepOptions
@@ -61,6 +62,11 @@ class PreparedStep:
             blank = blank.contiguous(memory_format=torch.channels_last)
             self.run.capture(blank, blank.clone(memory_format=torch.preserve_format))
 
+    def release(self) -> None:
+        """Let go of all graphs, before the ranks of a training leave their group."""
+        if isinstance(self.run, CapturedStep):
+            self.run.release()
+
     def resolved(self) -> dict[str, str]:
         """What this machine made of the request, in words, for people and for the run's record."""
         if not isinstance(self.run, CapturedStep):
@@ -84,8 +90,10 @@ def compile_kernels(
     image_size: int,
     batch_sizes: Sequence[int],
     say: Callable[[str], None],
+    ranks: int = 1,
 ) -> list[Launch]:
-    """Compile what a step of every batch size launches, in parallel and once a machine, and say so.
+    """Compile what a step of every batch size launches in each of ``ranks``, in parallel and once a machine,
+    and say so.
 
     Whatever fails here fails again at the launch, where the self-check sees it. Returns the launches.
     """
@@ -94,7 +102,7 @@ def compile_kernels(
     launches = [
         one
         for batch_size in sorted({1, *batch_sizes})
-        for one in step_launches(networks.fresh, options, size=image_size, batch_size=batch_size)
+        for one in step_launches(networks.fresh, options, size=image_size, batch_size=batch_size, ranks=ranks)
     ]
     began = time.perf_counter()
 
@@ -139,6 +147,7 @@ def prepare_step(
     graph: bool = True,
     check: bool = True,
     say: Callable[[str], None] = print,
+    ranks: Ranks = ALONE,
 ) -> PreparedStep:
     """A ``TrainStep`` on ``device``, ready to train.
 
@@ -147,7 +156,7 @@ def prepare_step(
     ``image_size`` pixels a side are compiled in parallel and the deep layers' convolutions are chosen; then
     (``check``) the step is held against its
     reference on one image, and what does not work is given up (``verify_or_fall_back``); with ``graph`` it is
-    captured when it first runs, or by ``capture``.
+    captured when it first runs, or by ``capture``. ``ranks``: that train together, all of which call this.
 
     Raises UserError for a precision that the device lacks, and as ``verify_or_fall_back`` does.
     """
@@ -159,7 +168,8 @@ def prepare_step(
         networks = Networks(generator, discriminator)
         reached = torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
         deep_conv.offered, deep_conv.chosen = reached and options.deep_conv != "library", {}
-        launches = compile_kernels(networks, options, device, image_size, batch_sizes, say)
+        with ranks.machine_by_machine():  # the others find the first one's kernels in Triton's cache
+            launches = compile_kernels(networks, options, device, image_size, batch_sizes, say, ranks.size)
         deep = choose_deep_convolutions(launches, options, device, say)
         if check:
             graph = verify_or_fall_back(
@@ -173,5 +183,5 @@ def prepare_step(
             torch.cuda.empty_cache()  # what the check took is free again before training allocates
     else:
         keep_freed_memory()
-    step = TrainStep(generator.to(device), discriminator.to(device), options)
+    step = TrainStep(generator.to(device), discriminator.to(device), options, ranks.exchange)
     return PreparedStep(step, CapturedStep(step) if on_gpu and graph else step, device, precision, deep)

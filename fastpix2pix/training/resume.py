@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from fastpix2pix.config import ARCHITECTURE, TrainConfig
 from fastpix2pix.errors import NotFinite, UserError
-from fastpix2pix.training.optim import MasterAdam
 from fastpix2pix.training.step import TrainStep
 
 
@@ -59,16 +58,19 @@ class Undo:
 def training_state(step: TrainStep, config: TrainConfig, environment: dict, position: Position) -> dict:
     """All that an exact resume needs, as plain values and tensors; weights in float32 always.
 
-    config is the request, environment what this machine made of it.
+    config is the request, environment what this machine made of it. Where several ranks train, all of them
+    call this together, and what they get is that of a whole network, whatever their number.
     """
+    step.average_statistics()
+    gen_optimizer, disc_optimizer = step.gen_optimizer.state_dict(), step.disc_optimizer.state_dict()
     return {
         "config": config.to_dict(),
         "environment": environment,
         "step": position.steps,
-        "generator": full_precision(step.generator, step.gen_optimizer),
-        "discriminator": full_precision(step.discriminator, step.disc_optimizer),
-        "gen_optimizer": step.gen_optimizer.state_dict(),
-        "disc_optimizer": step.disc_optimizer.state_dict(),
+        "generator": full_precision(step.generator, gen_optimizer),
+        "discriminator": full_precision(step.discriminator, disc_optimizer),
+        "gen_optimizer": gen_optimizer,
+        "disc_optimizer": disc_optimizer,
         "loss_scale": None if step.loss_scale is None else step.loss_scale.state_dict(),
         "dropout_rng": step.generator.rng,
         "data": {"epoch": position.epoch, "position": position.sample},
@@ -99,10 +101,10 @@ def _floating(value: object, where: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _floating(part, f"{where}.{key}" if where else str(key))
 
 
-def full_precision(network: nn.Module, optimizer: MasterAdam) -> dict[str, Tensor]:
-    """The network's ``state_dict`` with the optimizer's masters in place of 16-bit weights."""
-    masters = dict(zip(dict(network.named_parameters()), optimizer.masters(), strict=True))
-    return {**network.state_dict(), **masters}
+def full_precision(network: nn.Module, optimizer: dict) -> dict[str, Tensor]:
+    """The network's ``state_dict`` with the masters of its optimizer's in place of 16-bit weights."""
+    masters = (state["master"] for state in optimizer["state"].values())
+    return {**network.state_dict(), **dict(zip(dict(network.named_parameters()), masters, strict=True))}
 
 
 def check_architecture(config: TrainConfig, state: dict, path: Path) -> None:
@@ -137,7 +139,7 @@ def restore(step: TrainStep, state: dict, path: Path) -> Position:
     step.disc_optimizer.load_state_dict(state["disc_optimizer"])
     if "loss_scale" in wanted:
         step.loss_scale.load_state_dict(state["loss_scale"])
-    step.generator.rng.copy_(state["dropout_rng"])
+    step.set_dropout_rng(state["dropout_rng"])
     return Position(state["step"], state["data"]["epoch"], state["data"]["position"])
 
 

@@ -1,21 +1,30 @@
 """One GAN update as one plain function: forward passes, losses, backward passes, both Adams."""
 
 import weakref
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastpix2pix.kernels.adam import LARGE
-from fastpix2pix.kernels.gan_loss import gan_loss, gan_target_loss
 from fastpix2pix.kernels.loss_row import LossTerms
 from fastpix2pix.kernels.reference import GanLoss, compute_dtype
 from fastpix2pix.models.blocks import set_working_type
+from fastpix2pix.training.distributed import Exchange
 from fastpix2pix.training.losses import Losses, LossRing
+from fastpix2pix.training.objective import Objective, set_module_working_type
 from fastpix2pix.training.optim import LossScale, MasterAdam
 from fastpix2pix.training.options import StepOptions
 from fastpix2pix.training.players import Backward, Drawn, FusedPlayers, players_for
 from fastpix2pix.training.precision import WORKING_TYPES
+from fastpix2pix.training.sharded import ShardedAdam, exchanged_updates
+
+Between = Callable[[], None]
+"""What the host does between two segments of a step: an exchange with the other ranks."""
+
+Updates = Generator[Between, None, LossTerms]
 
 
 class TrainStep:
@@ -30,25 +39,41 @@ class TrainStep:
     image, (N, C, H, W).
 
     ``generator`` and ``discriminator`` may be any modules: the first maps the source to an image, the
-    second maps [source, image], stacked on channels, to logits. Our own two run fused: the generated image
-    is written where the discriminator reads it, real and fake go through it as one batch, and a large
-    weight is updated as soon as its gradient is there, while that is still in the cache.
+    second source and image to logits; how it is called, and which losses there are, ``objective`` says. A
+    large weight is updated as soon as its gradient is there, while that is still in the cache. Our own two
+    run fused, too: the generated image is written where the discriminator reads it, and real and fake go
+    through it as one batch.
 
-    ``options.precision`` bf16 or fp16 converts our own networks' convolutions; the optimizers keep the
-    float32 weights they came with as masters. Weights in float16 get a dynamic ``loss_scale``.
+    ``options.precision`` bf16 or fp16 converts the networks, their normalisations excepted; the optimizers
+    keep the float32 weights they came with as masters. Weights in float16 get a dynamic ``loss_scale``.
+
+    ``exchange``: of several ranks, which make the same calls, each on its own images. Gradients are the mean
+    over all ranks, and so are the losses; batch statistics are each rank's own, and so is dropout. Weights
+    are rank 0's to begin with, and stay equal bit for bit.
     """
 
-    def __init__(self, generator: nn.Module, discriminator: nn.Module, options: StepOptions | None = None):
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        options: StepOptions | None = None,
+        exchange: Exchange | None = None,
+        *,
+        objective: Objective | None = None,
+    ):
         options = StepOptions() if options is None else options
         self.generator, self.discriminator, self.options = generator, discriminator, options
-        self.rule = options.rules.update
-        self.players = players_for(generator, discriminator, real_first=self.rule.real_first)
+        self.rule = options.rules.update if objective is None or objective.rule is None else objective.rule
+        self.players = players_for(
+            generator, discriminator, real_first=self.rule.real_first, objective=objective
+        )
         fused = isinstance(self.players, FusedPlayers)
         networks = (generator, discriminator)
         masters = [[p.detach().clone() for p in network.parameters()] for network in networks]
-        if fused and options.precision in ("bf16", "fp16"):
+        if options.precision in ("bf16", "fp16"):
+            convert = set_working_type if fused else set_module_working_type
             for network in networks:
-                set_working_type(network, WORKING_TYPES[options.precision])
+                convert(network, WORKING_TYPES[options.precision])
         weight = next(generator.parameters())
         self.loss_scale = LossScale(weight.device) if weight.dtype == torch.float16 else None
         adam: dict[str, Any] = {
@@ -58,8 +83,10 @@ class TrainStep:
             "keras_eps": self.rule.keras_eps,
             "loss_scale": self.loss_scale,
         }
-        self.gen_optimizer = MasterAdam(generator.parameters(), **adam)
-        self.disc_optimizer = MasterAdam(discriminator.parameters(), **adam)
+        self.exchange = exchange
+        optimizer_of = MasterAdam if exchange is None else partial(ShardedAdam, exchange=exchange)
+        self.gen_optimizer: Any = optimizer_of(generator.parameters(), **adam)
+        self.disc_optimizer: Any = optimizer_of(discriminator.parameters(), **adam)
         self.gen_optimizer.set_masters(masters[0])
         self.disc_optimizer.set_masters(masters[1])
         self.lambda_l1 = torch.tensor(
@@ -68,8 +95,11 @@ class TrainStep:
         self.ring = LossRing(options.print_freq, weight.device)
         self.steps_taken = 0
         self.fake: Tensor | None = None
+        self._exchanged = torch.zeros(len(LossTerms._fields), device=weight.device)
         self._updating_early = False
-        if fused and self.loss_scale is None:
+        if fused and exchange is not None:
+            self.set_dropout_rng(cast(Tensor, generator.rng))
+        elif exchange is None and self.loss_scale is None:
             for optimizer in (self.gen_optimizer, self.disc_optimizer):
                 self._update_large_weights_early(optimizer)
 
@@ -79,9 +109,22 @@ class TrainStep:
         return self.stepped()
 
     def body(self, source: Tensor, target: Tensor) -> None:
-        """The step as the device sees it: it talks to the host nowhere, so it can be captured."""
+        """The step as the device sees it, with the exchanges between its segments."""
+        for between in self.segments(source, target):
+            between()
+
+    def segments(self, source: Tensor, target: Tensor) -> Iterator[Between]:
+        """The step in segments that talk to the host nowhere, so that each can be captured.
+
+        A generator of what the host does between two of them; without an exchange it is one segment.
+        """
         update = self._simultaneous if self.rule.simultaneous else self._alternating
-        terms = update(source, target)
+        terms = yield from update(source, target)
+        if self.exchange is not None:
+            mine = torch.stack([term.to(self._exchanged.dtype) for term in terms])
+            torch.mul(mine, 1 / self.exchange.size, out=self._exchanged)
+            yield partial(self.exchange.sum_, self._exchanged)
+            terms = LossTerms(*self._exchanged.unbind())
         if self.loss_scale is not None:
             self.loss_scale.update()
         self.ring.write(terms, self.lambda_l1)
@@ -106,6 +149,25 @@ class TrainStep:
         self.gen_optimizer.upload_lr()
         self.disc_optimizer.upload_lr()
 
+    def set_dropout_rng(self, rng: Tensor) -> None:
+        """Let the dropout of our own generator go on from rank 0's ``rng``, int64 (seed, step).
+
+        The other ranks draw from seeds of their own.
+        """
+        own = cast(Tensor, self.generator.rng).copy_(rng)
+        if self.exchange is not None:
+            own[0] += self.exchange.rank << 32
+
+    @torch.no_grad()
+    def average_statistics(self) -> None:
+        """Give all ranks the mean of their running statistics. All ranks call it together."""
+        if self.exchange is None:
+            return
+        for network in (self.generator, self.discriminator):
+            for buffer in network.buffers():
+                if buffer.is_floating_point():
+                    self.exchange.sum_(buffer.div_(self.exchange.size))
+
     def state(self) -> list[Tensor]:
         """Every tensor that outlives a step and that a step changes."""
         tensors = [self.ring.rows, self.ring.written]
@@ -124,12 +186,12 @@ class TrainStep:
 
     # ----------------------------------------------------------------------------------- update rules
 
-    def _simultaneous(self, source: Tensor, target: Tensor) -> LossTerms:
+    def _simultaneous(self, source: Tensor, target: Tensor) -> Updates:
         """The tutorial's: both gradients at the same weights, one forward pass of D over the fake image."""
         drawn = self._draw(source, target)
         logits, fake_logits = self.players.logits_of_both(drawn, through_fake=True)
         gan = self._gan_loss(logits)
-        self._update(
+        yield from self._update(
             *self._disc_paths(logits, gan),
             Backward(fake_logits, gan.gen_grad, self.gen_optimizer),
             Backward(drawn.l1, self._l1_gradient, self.gen_optimizer),
@@ -137,22 +199,22 @@ class TrainStep:
         disc, gen, real, fake = gan.losses.unbind()
         return LossTerms(gen, drawn.l1.detach(), disc, real, fake)
 
-    def _alternating(self, source: Tensor, target: Tensor) -> LossTerms:
+    def _alternating(self, source: Tensor, target: Tensor) -> Updates:
         """junyanz's: D steps on the image, then G against the new D."""
         drawn = self._draw(source, target)
         logits, _ = self.players.logits_of_both(drawn, through_fake=False)
         gan = self._gan_loss(logits)
-        self._update(*self._disc_paths(logits, gan))
+        yield from self._update(*self._disc_paths(logits, gan))
 
         fake_logits = self.players.logits_of_fake(drawn)
-        gen, gen_grad = gan_target_loss(
+        gen, gen_grad = self.players.gan_target_loss(
             fake_logits.detach(),
             True,
             mode=self.options.gan_mode,
             bias=self._logit_bias,
             scale=self._scale,
         )
-        self._update(
+        yield from self._update(
             Backward(fake_logits, gen_grad, self.gen_optimizer),
             Backward(drawn.l1, self._l1_gradient, self.gen_optimizer),
         )
@@ -165,7 +227,7 @@ class TrainStep:
         return drawn
 
     def _gan_loss(self, logits: Tensor) -> GanLoss:
-        return gan_loss(
+        return self.players.gan_loss(
             logits.detach(),
             mode=self.options.gan_mode,
             real_first=self.rule.real_first,
@@ -196,9 +258,16 @@ class TrainStep:
 
     # ----------------------------------------------------------------------------------------- updates
 
-    def _update(self, *paths: Backward) -> None:
+    def _update(self, *paths: Backward) -> Iterator[Between]:
         """Send the gradients back, and update the weights of the optimizers that they are for."""
         optimizers = list(dict.fromkeys(path.optimizer for path in paths))
+        if self.exchange is not None:
+            self.players.backward(paths)
+            sharded = cast(list[ShardedAdam], optimizers)
+            for one in sharded:
+                one.pack()
+            yield from exchanged_updates(sharded)
+            return
         # With a loss scale no weight may move before all gradients are known to be finite.
         early = self.loss_scale is None
         if early:

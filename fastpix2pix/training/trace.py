@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from fastpix2pix.kernels.launch import Launch, observed
 from fastpix2pix.models import NetworkOptions, PatchDiscriminator, UNetGenerator, build_networks
 from fastpix2pix.presets import PRESETS
+from fastpix2pix.training.distributed import Unconnected
 from fastpix2pix.training.options import Precision, StepOptions
 from fastpix2pix.training.precision import WORKING_TYPES
 from fastpix2pix.training.step import TrainStep
@@ -39,8 +40,9 @@ def step_launches(
     *,
     size: int,
     batch_size: int = 1,
+    ranks: int = 1,
 ) -> list[Launch]:
-    """Every launch of one whole step, in order, of the networks that ``make`` makes.
+    """Every launch of one whole step, in order, of the networks that ``make`` makes; of one of ``ranks``.
 
     ``options.precision`` must be chosen. The step runs on the meta device: nothing is computed and no memory
     is taken, on no machine's GPU. The global random state is left alone.
@@ -49,7 +51,7 @@ def step_launches(
     launches: list[Launch] = []
     with torch.random.fork_rng(devices=()), meta, observed(launches.append, run=False):
         networks = generator, _ = make()
-        step = TrainStep(*networks, options)
+        step = TrainStep(*networks, options, None if ranks == 1 else Unconnected(ranks))
         dtype = WORKING_TYPES[options.precision]
         source, target = (
             torch.empty((batch_size, channels, size, size), dtype=dtype, memory_format=torch.channels_last)

@@ -37,7 +37,7 @@ def test_run_that_goes_on_has_every_step_once(run, tmp_path):
     before = rows_of(tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "step_00000004.pt").unlink()  # as if killed before it was saved
     with (tmp_path / "run" / "losses.csv").open("a") as file:
-        file.write("5,0.1,0.")  # and while it wrote a row
+        file.write("1,0.1,0.")  # and while it wrote the row of step 10 or later
     run("--steps", 6, "--continue_train")
     rows = rows_of(tmp_path / "run")
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]

@@ -117,7 +117,7 @@ LAYERS = [
     "errors presets pixels tiling cores device environment host_memory free_memory history metrics"
     " perceptual page",
     "kernels",
-    "models losses acceleration",
+    "models losses acceleration rewriting",
     "training data config checkpoint monitor loss_table wandb_run report gallery cli interop translator",
 ]
 """From the bottom up, where the package's own ``__init__`` is too; a module may import its own layer and

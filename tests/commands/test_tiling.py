@@ -103,7 +103,7 @@ def test_tile_that_does_not_fit_the_network_is_refused(run, tile):
 
 def test_tiles_are_for_what_the_memory_does_not_hold(run, monkeypatch):
     needed = translator.BYTES_PER_PIXEL_AND_WIDTH * 4 * 64 * 64
-    monkeypatch.setattr(translator, "_memory", lambda _device: needed)
+    monkeypatch.setattr(translator, "free_memory", lambda _device: (needed, "this machine"))
     image = picture(64, 96)
     with pytest.raises(UserError, match=r"translate it in tiles \(--tile\)"):
         fastpix2pix.load(run)(image)

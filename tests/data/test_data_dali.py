@@ -124,7 +124,7 @@ def test_every_corner_of_the_crop_survives_its_way_as_a_share_of_the_room():
     """DALI takes a crop's corner as a float32 between 0 and 1."""
     for load_size, crop_size in ((286, 256), (1000, 3), (300, 300)):
         corners = np.arange(load_size - crop_size + 1)
-        chunk = dali.Chunk(0, 0, corners, corners[::-1], corners, corners % 2 == 1)
+        chunk = dali.Chunk(0, (), corners, corners[::-1], corners, corners % 2 == 1)
         sent = dali.decisions(chunk, load_size, crop_size)
         pixels = np.arange(load_size).astype(np.uint8).repeat(3).reshape(1, load_size, 3)
         images = [np.ascontiguousarray(np.broadcast_to(pixels, (load_size, load_size, 3)))] * len(corners)

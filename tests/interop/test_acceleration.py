@@ -2,14 +2,19 @@
 
 import copy
 import importlib.util
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from published_networks import PUBLISHED
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastpix2pix.acceleration import BatchNorm2dAct, FusedDropout, InstanceNorm2dAct, accelerate
+from fastpix2pix.acceleration import BatchNorm2dAct, InstanceNorm2dAct, accelerate
+from fastpix2pix.errors import UserError
+from fastpix2pix.kernels import launch
 from fastpix2pix.kernels.reference import dropout_mask
 
 NETWORKS = Path(__file__).parent / "junyanz_miniature" / "models" / "networks.py"
@@ -100,11 +105,8 @@ ARCHITECTURES = {
     "tutorial": (TutorialUNet, 32),
     "residual": (residual_generator, 32),
 }
-FUSED = {  # with dropout: how many norms, how many of them fused, how many dropouts
-    "junyanz": (14, 5, 2),
-    "tutorial": (6, 6, 3),
-    "residual": (5, 4, 1),
-}
+FUSED = {"junyanz": 14, "tutorial": 6, "residual": 5}  # norms, which are all fused
+DROPOUTS = {"junyanz": 2, "tutorial": 3, "residual": 1}
 
 
 def built(name, dropout):
@@ -120,9 +122,12 @@ def built(name, dropout):
 
 def run(network, x):
     """Output, gradients of the input and all parameters, and the whole state afterwards."""
-    y = network(x)
     torch.manual_seed(1)
-    gradients = torch.autograd.grad(y, [x, *network.parameters()], torch.randn_like(y))
+    y = network(x)
+    torch.manual_seed(2)
+    gradients = torch.autograd.grad(
+        y, [x, *network.parameters()], torch.randn(y.shape, dtype=y.dtype, device=y.device)
+    )
     return [y, *gradients, *network.state_dict().values()]
 
 
@@ -138,7 +143,7 @@ def test_nothing_changes(name, memory_format):
     network = network.to(memory_format=memory_format)
     fused = copy.deepcopy(network)
     report = accelerate(fused)
-    assert len(report.changed) == FUSED[name][1] - (FUSED[name][2] if name == "junyanz" else 0)
+    assert (len(report.changed), report.left) == (FUSED[name], [])
     assert list(fused.state_dict()) == list(network.state_dict())
     for _ in range(2):  # the second step on the running statistics that the first left
         assert_equal(run(fused, x), run(network, x))
@@ -147,21 +152,32 @@ def test_nothing_changes(name, memory_format):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_dropout_is_where_it_was(name, monkeypatch):
-    """The dropouts of the original, made to draw the masks of the fused norms, give the same results."""
+def test_on_a_cpu_dropout_draws_what_it_drew(name):
     network, x = built(name, dropout=True)
     fused = copy.deepcopy(network)
     report = accelerate(fused)
-    assert (len(report.changed) + len(report.left), len(report.changed)) == FUSED[name][:2]
+    assert "".join(report.changed).count("Dropout") == DROPOUTS[name]
+    assert_equal(run(fused, x), run(network, x))
+
+
+def test_kernels_drop_where_the_dropouts_did(triton_device, monkeypatch):
+    """The dropouts of the original, made to draw the masks of the fused norms, give the same results."""
+    torch.manual_seed(0)
+    layers = [nn.BatchNorm2d(4), nn.Dropout(), nn.ReLU(), nn.Conv2d(4, 5, 3)]
+    layers += [nn.InstanceNorm2d(5), nn.LeakyReLU(0.2), nn.Dropout()]
+    network = nn.Sequential(*layers).double().to(triton_device)
+    x = torch.randn(2, 4, 6, 7, dtype=torch.float64, device=triton_device, requires_grad=True)
+    fused = copy.deepcopy(network)
+    accelerate(fused)
     seeds = []
 
     def randint(high, size, device):
-        seeds.append(torch.tensor([7, len(seeds)]))
+        seeds.append(torch.tensor([7, len(seeds)], device=device))
         return seeds[-1]
 
     monkeypatch.setattr(torch, "randint", randint)
     results = run(fused, x)
-    assert len(seeds) == FUSED[name][2]
+    assert len(seeds) == 2
     for layer in network.modules():
         if isinstance(layer, nn.Dropout):
             layer.register_forward_hook(
@@ -232,7 +248,7 @@ def test_parameters_are_shared_and_found_by_class():
     assert type(network[1]) is BatchNorm2dAct and isinstance(network[1], nn.BatchNorm2d)
     assert "BatchNorm2d" in type(network[1]).__name__ and network[1].weight is norm.weight
     assert type(network[3]) is InstanceNorm2dAct and type(network[3]).__name__.startswith("InstanceNorm")
-    assert accelerate(network) == ([], [])
+    assert accelerate(network)[:3] == ([], [], [])
 
 
 def test_affine_statistics_and_unbatched_variants():
@@ -261,6 +277,236 @@ def test_affine_statistics_and_unbatched_variants():
         assert_equal(run(fused.train(training), x), run(frozen.train(training), x))
     with pytest.raises(ValueError, match="expected 4D input"):
         fused(x[0])
+
+
+class Functional(nn.Module):
+    """What a forward of one's own may do with a norm's result."""
+
+    def __init__(self, dense=False):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(5))
+        self.relu, self.dense = nn.ReLU(inplace=True), dense
+
+    def forward(self, x):
+        out = F.relu(self.norms[0](x))
+        out = self.relu(self.norms[1](out) + x)
+        out = F.leaky_relu(self.norms[2](out), negative_slope=0.3, inplace=True)
+        kept = torch.add(x, self.norms[3](out).relu_())
+        out = self.norms[4](kept) + out
+        return torch.cat((x, out), 1) if self.dense else out
+
+
+def test_functions_and_sums_after_a_norm_are_fused_where_fx_can_trace():
+    torch.manual_seed(0)
+    network = Functional().double()
+    fused = copy.deepcopy(network)
+    report = accelerate(fused)
+    assert [line.partition(": ")[2] for line in report.changed] == [
+        "BatchNorm2d + relu",
+        "BatchNorm2d + sum + ReLU",
+        "BatchNorm2d + leaky_relu",
+        "BatchNorm2d + relu_",
+        "BatchNorm2d + sum",
+    ]
+    assert type(fused).__name__ == "Functional" and isinstance(fused, Functional)
+    assert fused._traced is not None
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    copies = [fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))]
+    for mode in (True, False):
+        expected = run(network.train(mode), x)
+        for each in copies:
+            assert each._traced is not None and each._traced[0] is not None
+            assert_equal(run(each.train(mode), x), expected)
+    for each in (network, *copies):
+        each.dense = True  # not what was traced: the original forward runs, on the same norms
+        assert each(x).shape[1] == 8
+        assert_equal(run(each, x), run(network, x))
+
+
+class Moody(nn.Module):
+    def __init__(self, mood):
+        super().__init__()
+        self.norm, self.mood = nn.BatchNorm2d(4), mood
+
+    def forward(self, x):
+        y = self.norm(x)
+        if self.mood == "values" and y.sum() > 0:
+            y = y * 2
+        if self.mood == "stores":
+            self.last = y
+        if self.training:
+            y = F.relu(y)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("mood", "reason"),
+    [("values", "symbolically traced variables"), ("stores", "its forward sets last"), ("mode", None)],
+)
+def test_what_fx_cannot_trace_keeps_its_forward(mood, reason):
+    network = Moody(mood).double()
+    fused = copy.deepcopy(network)
+    (line,) = accelerate(fused).changed
+    assert "Moody.forward cannot be traced" in line and reason in line if reason else "relu" in line
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    for mode in (True, False):  # of these only the first was traced
+        assert_equal(run(fused.train(mode), x), run(network.train(mode), x))
+    assert "last" not in fused.__dict__ or mood == "stores"
+
+
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("n", (1, 3))
+def test_running_statistics_of_instances(n, memory_format):
+    network = nn.Sequential(nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.ReLU()).double()
+    fused = copy.deepcopy(network)
+    accelerate(fused)
+    x = torch.randn(n, 4, 5, 6, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
+    for mode in (True, True, False):
+        assert_equal(run(fused.train(mode), x), run(network.train(mode), x))
+
+
+def test_a_bias_joins_its_activation(triton_device):
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.LeakyReLU(0.2))
+    ups = (nn.ConvTranspose2d(4, 2, 3, 2, 1, output_padding=1), nn.ReLU(True), nn.Conv2d(2, 3, 1))
+    network = nn.Sequential(*layers, *ups).to(triton_device)
+    fused = copy.deepcopy(network)
+    report = accelerate(fused)
+    assert report.biases == ["0: Conv2d's bias + LeakyReLU", "2: ConvTranspose2d's bias + ReLU"]
+    assert list(fused.state_dict()) == list(network.state_dict())
+    x = torch.randn(2, 3, 6, 5, device=triton_device, requires_grad=True)
+    for kernels in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "kernels_on_cpu", kernels)
+            for result, expected in zip(run(fused, x), run(network, x), strict=True):
+                torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layouts():
+    def layout_of(network):
+        return network[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.ReLU())
+    for layout, said, converted in (
+        ("auto", "layout kept, as the network is on the CPU", False),
+        ("keep", "layout kept", False),
+        ("channels_last", "weights brought to channels-last", True),
+    ):
+        fused = copy.deepcopy(network)
+        assert accelerate(fused, layout=layout).layout == said
+        assert layout_of(fused) is converted
+        y = fused(torch.randn(2, 3, 6, 7))
+        assert y.is_contiguous(memory_format=torch.channels_last) is converted
+    with pytest.raises(UserError, match="layout is 'nhwc'; choose auto, channels_last or keep"):
+        accelerate(network, layout="nhwc")
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_under_autocast_a_norm_takes_16_bits_and_keeps_its_statistics_in_32(triton_device, kernels):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).to(triton_device)
+    fused = copy.deepcopy(network)
+    accelerate(fused)
+    x = torch.randn(2, 3, 6, 7, device=triton_device)
+    exact, dtype = copy.deepcopy(network).double(), torch.float16  # the interpreter cuts bf16 off
+
+    def results(net, x):
+        y = net(x)
+        gradients = torch.autograd.grad(y.double().square().sum(), [*net.parameters()])
+        return [y, *gradients, net[1].running_mean, net[1].running_var]
+
+    expected = results(exact, x.double())
+    with pytest.MonkeyPatch.context() as patch, torch.autocast(triton_device, dtype):
+        patch.setattr(launch, "kernels_on_cpu", kernels)
+        plain, ours = results(network, x), results(fused, x)
+    for theirs, mine, truth in zip(plain, ours, expected, strict=True):
+        assert mine.dtype == theirs.dtype
+        error, mistake = ((t.double() - truth).abs().mean() for t in (mine, theirs))
+        assert error <= 2 * mistake + 1e-6
+    assert ours[0].dtype == dtype and fused[1].running_var.dtype == torch.float32
+
+
+def test_functional_call_data_parallel_and_replicas():
+    network = Functional().double()
+    accelerate(network)
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    state = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+    state = {name: value.clone() for name, value in state.items()}
+    assert_equal([torch.func.functional_call(network, state, (x,))], [other(x)])
+    assert_equal([nn.DataParallel(network)(x)], [network(x)])
+    replica = network._replicate_for_data_parallel()
+    assert_equal([replica(x)], [network(x)])
+
+
+def test_distributed_data_parallel_reduces_the_gradients(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        network = Functional().double()
+        fused = copy.deepcopy(network)
+        accelerate(fused)
+        reduced = nn.parallel.DistributedDataParallel(fused)
+        x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+        for net in (reduced, network):
+            net(x).square().mean().backward()
+        assert_equal([p.grad for p in fused.parameters()], [p.grad for p in network.parameters()])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------- published networks
+
+NORMS = {
+    "pix2pixHD global generator": 27,
+    "pix2pixHD local enhancer": 36,
+    "pix2pixHD multiscale discriminator": 6,
+    "PyTorch-GAN generator": 13,
+    "PyTorch-GAN discriminator": 3,
+    "CUT generator": 23,
+    "CUT generator without anti-aliasing": 23,
+    "CUT discriminator": 3,
+}
+
+
+@pytest.mark.parametrize("layout", ["keep", "channels_last"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_networks_compute_what_they_did(name, layout):
+    """Outputs (logits and features too) and gradients of eight networks of three repositories."""
+    torch.manual_seed(0)
+    norms, options = NORMS[name], {}
+    if name == "PyTorch-GAN generator":  # eight levels want 256 pixels a side
+        assert len(accelerate(PUBLISHED[name].build(2)).changed) == norms
+        norms, options = 7, {"depth": 5}
+    network = PUBLISHED[name].build(4, **options).double()
+    for layer in network.modules():  # another layout would draw other masks
+        if isinstance(layer, nn.Dropout):
+            layer.eval()
+    fused = copy.deepcopy(network)
+    report = accelerate(fused, layout=layout)
+    assert (len(report.changed), report.left) == (norms, [])
+    assert not [line for line in report.changed if "alone" in line]
+    assert list(fused.state_dict()) == list(network.state_dict())
+    images = [
+        torch.randn(2, channels, 64, 64, dtype=torch.float64, requires_grad=True)
+        for channels in PUBLISHED[name].inputs
+    ]
+
+    def results(net):
+        made = [net(*images)]
+        while any(isinstance(part, list) for part in made):
+            made = [leaf for part in made for leaf in (part if isinstance(part, list) else [part])]
+        total = sum(part.square().mean() for part in made)
+        return made, torch.autograd.grad(total, [*images, *net.parameters()])
+
+    (made, gradients), (expected, expected_gradients) = results(fused), results(network)
+    for result, other in zip(made, expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=0, atol=1e-12 * other.abs().max().item())
+    largest = max(gradient.abs().max().item() for gradient in expected_gradients)
+    for result, other in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(result, other, rtol=1e-9, atol=1e-13 * largest)
 
 
 class Tail(nn.Sequential):
@@ -296,40 +542,46 @@ def test_what_is_left_and_why():
             "only_dropout": nn.Sequential(nn.BatchNorm2d(4), nn.Dropout(0.1), nn.Dropout(0.1)),
         }
     )
-    before = {name: type(layer) for name, layer in network.named_modules()}
     report = accelerate(network)
-    assert report.changed == ["only_dropout.0: BatchNorm2d + Dropout"]
-    nothing = "no ReLU, LeakyReLU or Dropout follows it directly"
-    unknown = "it is not in an nn.Sequential, so what follows it is not known"
+    unknown = "alone: ModuleDict.forward cannot be traced (it has none)"
+    assert report.changed == [
+        f"alone: BatchNorm2d {unknown}",
+        "tail.0: BatchNorm2d + ReLU",
+        f"end.0: BatchNorm2d {unknown}",
+        f"tanh.0: BatchNorm2d {unknown}",
+        f"channels.0: BatchNorm2d {unknown}",
+        f"steep.0: BatchNorm2d {unknown}",
+        "tracked.0: InstanceNorm2d + ReLU",
+        f"watched_activation.0: BatchNorm2d {unknown}",
+        "only_dropout.0: BatchNorm2d + Dropout",
+    ]
     assert report.left == [
-        f"alone: {unknown}",
-        f"tail.0: {unknown}",
-        f"end.0: {nothing}",
-        f"tanh.0: {nothing}",
-        f"channels.0: {nothing}",
-        f"steep.0: {nothing}",
         "cumulative.0: its running statistics are cumulative averages (momentum=None)",
-        "tracked.0: it normalises by running statistics of instances (track_running_stats=True)",
-        "group.0: GroupNorm is not BatchNorm2d or InstanceNorm2d",
+        "group.0: GroupNorm takes statistics over several channels; the kernels take them by channel",
         "sync.0: SyncBatchNorm is not BatchNorm2d or InstanceNorm2d",
         "watched.0: hooks watch it",
-        f"watched_activation.0: {nothing}",
         "lopsided.0: it has a weight without a bias, or the reverse",
         "first.0: it is used in more than one place",
     ]
-    assert str(report).splitlines()[:2] == ["fused 1 of 15 norms", f"  fused  {report.changed[0]}"]
-    after = {name: type(layer) for name, layer in network.named_modules()}
-    changed = {name for name in after if after[name] is not before[name]}
-    assert changed == {"only_dropout.0", "only_dropout.1"} and after["only_dropout.1"] is FusedDropout
 
 
-def test_differentiating_twice_is_refused():
-    network = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
-    accelerate(network)
-    x = torch.randn(3, 4, 5, 5, requires_grad=True)
+def penalty(network, x):
+    """Gradients of a gradient penalty."""
     (gradient,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
+    return torch.autograd.grad(gradient.square().sum(), [x, *network.parameters()])
+
+
+def test_differentiating_twice_works_on_a_cpu_and_is_refused_by_kernels(triton_device):
+    network = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(0.2)).double()
+    fused = copy.deepcopy(network)
+    accelerate(fused)
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "kernels_on_cpu", False)
+        assert_equal(penalty(fused, x), penalty(network, x))
+    fused, x = fused.to(triton_device), x.detach().to(triton_device).requires_grad_()
+    with pytest.raises(RuntimeError, match="norm_act can be differentiated once; .* without accelerate"):
+        penalty(fused, x)
 
 
 def test_kernels_compute_the_same(triton_device):

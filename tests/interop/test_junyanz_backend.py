@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_graph import FakeGraphBackend, static_tensors
+from ranks import Ranks
 from torch import nn
 
 from fastpix2pix.errors import UserError
@@ -108,6 +109,38 @@ def test_training_equals_their_own(program, tmp_path, float64, run):
             torch.testing.assert_close(files[name][key], value, rtol=1e-5, atol=1e-7, msg=f"{name} {key}")
     for name, image in theirs.get_current_visuals().items():
         torch.testing.assert_close(ours.get_current_visuals()[name], image.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_equal_their_own(program, tmp_path, float64):
+    """Under torchrun, in the form of 2025: their DistributedDataParallel, and our exchange."""
+    flags = ["--no_dropout", "--lr", "0.002"]
+    rows = {}
+    for name, ours in (("theirs", False), ("ours", True)):
+        (tmp_path / name).mkdir()
+
+        def work(rank, name=name, ours=ours):
+            program(*flags, "--name", name, ours=ours, form="2025")
+
+        run = Ranks(2, work, folder=tmp_path / name)
+        assert run.wait() == [0, 0], run.said()
+        outputs = run.said("out")
+        rows[name] = [losses(output) for output in outputs]
+    assert all(ACCELERATED in output for output in outputs)
+    torch.testing.assert_close(rows["ours"][0], rows["ours"][1], rtol=0, atol=0)
+    torch.testing.assert_close(rows["ours"][0], torch.stack(rows["theirs"]).mean(0), rtol=1e-6, atol=1e-7)
+    files, expected_files = saved(tmp_path / "ours"), saved(tmp_path / "theirs")
+    for name in "GD":
+        for key, value in expected_files[name].items():
+            torch.testing.assert_close(files[name][key], value, rtol=1e-5, atol=1e-7, msg=f"{name} {key}")
+
+
+def test_16_bits_in_two_processes_are_left_to_them(program, tmp_path):
+    def work(rank):
+        program("--no_dropout", precision="bf16", form="2025")
+
+    run = Ranks(2, work, folder=tmp_path)
+    assert run.wait() == [0, 0], run.said()
+    assert "fastpix2pix: --precision bf16 in several processes is not accelerated" in run.said("out")[0]
 
 
 def test_float32_training_equals_their_own_to_rounding(program):

@@ -53,8 +53,7 @@ class Images:
 def check_forward(images: Images, before: int | None, after: int, biased: bool) -> None:
     x, target, bias = images.before_tanh(), images.plain(), images.bias() if biased else None
     buffer, out = (None, None) if before is None else images.slot(before, after)
-    other_buffer, target_out = (None, None) if before is None else images.slot(after, before)
-    fake, l1 = tanh_l1_forward(x, bias, target, out, target_out)
+    fake, l1 = tanh_l1_forward(x, bias, target, out)
     exact, _ = reference.tanh_l1_forward(x.double(), None if bias is None else bias.double(), target.double())
     # x + bias is rounded, which tanh passes on where the sum is close to 0.
     assert_stored(fake, exact, slack=RTOL[torch.float32] * 0.1 if images.dtype != torch.float64 else 1e-15)
@@ -62,11 +61,8 @@ def check_forward(images: Images, before: int | None, after: int, biased: bool) 
     assert l1.dtype == reference.compute_dtype(images.dtype) and l1.shape == ()
     if out is not None:
         assert fake.data_ptr() == out.data_ptr()
-        assert torch.equal(target_out, target)
         out.fill_(7.0)
-        target_out.fill_(7.0)
-        both = torch.cat((buffer, other_buffer))
-        assert (both == 7.0).all(), "something was written beside the slices"
+        assert (buffer == 7.0).all(), "something was written beside the slice"
 
 
 def check_backward(
@@ -237,9 +233,8 @@ def test_an_unfit_out_is_refused(triton_device):
     images = Images((1, 3, 4, 4), torch.float32, triton_device)
     x, target = images.plain(), images.plain()
     for out in (x[:, :2], x.half(), torch.zeros(1, 3, 4, 4, device=triton_device)):
-        for slots in ((out, None), (None, out)):
-            with pytest.raises(ValueError, match="it must be torch.float32"):
-                tanh_l1_forward(x, None, target, *slots)
+        with pytest.raises(ValueError, match="it must be torch.float32"):
+            tanh_l1_forward(x, None, target, out)
 
 
 def test_passes_over_memory_once(triton_device):

@@ -17,11 +17,13 @@ from fastpix2pix.device import choose_device
 from fastpix2pix.doctor import CHECKS
 from fastpix2pix.models import NetworkOptions, build_networks
 from fastpix2pix.train import main
-from fastpix2pix.training.graph import AsyncHostCopy
+from fastpix2pix.training.distributed import Unconnected
+from fastpix2pix.training.graph import AsyncHostCopy, CapturedStep
 from fastpix2pix.training.options import StepOptions
 from fastpix2pix.training.precision import WORKING_TYPES, choose_precision, set_float32_math
 from fastpix2pix.training.prepare import prepare_step
 from fastpix2pix.training.selfcheck import TOLERANCE, Networks, compare_with_reference, random_pairs
+from fastpix2pix.training.step import TrainStep
 
 pytestmark = pytest.mark.gpu
 PRECISIONS = ["bf16", "fp16", "tf32", "fp32"]
@@ -150,13 +152,13 @@ def test_a_capture_that_fails_leaves_an_eager_step_that_works(device):
         device = choose_device("{device}")
         options, networks = StepOptions(precision="fp32"), NetworkOptions(netG="unet_64", ngf=8, ndf=8)
         step, eager, other = (TrainStep(*build_networks(networks, device), options) for _ in range(3))
-        body = step.body
+        segments = step.segments
 
         def synchronising(source, target):
             source.sum().item()
-            body(source, target)
+            yield from segments(source, target)
 
-        step.body = synchronising
+        step.segments = synchronising
         images = [image.to(device) for image in random_pairs(1, 64)[0]]
         captured, second = CapturedStep(step), CapturedStep(other)
         with warnings.catch_warnings(record=True) as caught:
@@ -222,3 +224,42 @@ def test_training_and_resuming(device, facades, tmp_path, precision, capsys):
     main([*flags, "--continue_train", "--steps", "150"])
     assert "checking this GPU" not in capsys.readouterr().out
     assert (tmp_path / "experiment_name" / "checkpoints" / "step_00000150.pt").is_file()
+
+
+@pytest.mark.parametrize("preset", ["tutorial", "junyanz"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_two_gpus_train_one_model(tmp_path, facades, preset, precision):
+    """Through NCCL, between graphs; then on one GPU from their checkpoint, and back."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    flags = ["--dataroot", str(facades), "--checkpoints_dir", str(tmp_path), "--print_freq", "10"]
+    flags += ["--preset", preset, "--precision", precision]
+    said = []
+    for processes, steps in ((2, 30), (1, 40), (2, 50)):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        more = ["--steps", str(steps), *(["--continue_train"] if said else [])]
+        done = subprocess.run(
+            [*torchrun, "-m", "fastpix2pix.train", *flags, *more], capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+        assert "CUDA graph, Triton kernels" in done.stdout
+        assert (tmp_path / "experiment_name" / "checkpoints" / f"step_{steps:08d}.pt").is_file()
+    assert "2 processes, one a GPU (NCCL): --batch_size 1 in each makes 2 pairs a step" in said[0]
+
+
+def test_segments_replay_as_eager_steps_do(device):
+    """Of one of two ranks whose exchange moves nothing: what is captured apart shares its memory."""
+
+    def fresh():
+        options = StepOptions(precision="bf16")
+        networks = build_networks(NetworkOptions(netG="unet_64", ngf=16, ndf=16, no_dropout=False), device)
+        return TrainStep(*networks, options, Unconnected(2))
+
+    eager, captured = fresh(), fresh()
+    run = CapturedStep(captured)
+    for pair in random_pairs(5, 64):
+        images = [image.to(device, torch.bfloat16, memory_format=torch.channels_last) for image in pair]
+        expected, losses = torch.stack(eager(*images)), torch.stack(run(*images))
+        torch.testing.assert_close(losses, expected, rtol=0.02, atol=0.02)
+    assert run.failure is None

@@ -236,7 +236,7 @@ def test_the_body_keeps_to_the_device(preset):
     for _ in range(2):
         addresses = [tensor.data_ptr() for tensor in static_tensors(train_step)]
         backend = FakeGraphBackend(partial(static_tensors, train_step))
-        backend.capture(partial(train_step.body, *body_inputs))  # raises on what a capture refuses
+        backend.capture(partial(train_step.segments, *body_inputs))  # raises on what a capture refuses
         assert [tensor.data_ptr() for tensor in static_tensors(train_step)] == addresses
         assert all(parameter.grad is None for parameter in train_step.generator.parameters())
 
@@ -300,6 +300,9 @@ class RecordingCuda:
         assert device == GPU
         self.calls.append("synchronize")
 
+    def graph_pool_handle(self):
+        return "pool"
+
     @contextlib.contextmanager
     def stream(self, stream):
         self.current, previous = stream, self.current
@@ -307,9 +310,9 @@ class RecordingCuda:
         self.current = previous
 
     @contextlib.contextmanager
-    def graph(self, graph, *, stream, capture_error_mode):
+    def graph(self, graph, *, pool, stream, capture_error_mode):
         """As torch's own: where ending the capture raises, the stream that was current is not restored."""
-        assert stream.device == GPU
+        assert stream.device == GPU and pool == "pool"
         self.calls.append(f"begin capture on {stream.name}, {capture_error_mode}")
         self.current, previous = stream, self.current
         yield
@@ -323,7 +326,9 @@ GPU = torch.device("cuda:1")
 
 
 def on_recording_cuda(monkeypatch, cuda: RecordingCuda) -> tuple[TrainStep, CapturedStep]:
-    stand_in = SimpleNamespace(cuda=cuda, preserve_format=torch.preserve_format)
+    stand_in = SimpleNamespace(
+        cuda=cuda, preserve_format=torch.preserve_format, _foreach_copy_=torch._foreach_copy_
+    )
     monkeypatch.setattr(graph, "torch", stand_in)
     monkeypatch.setattr(graph.CudaBackend, "failure", None)
     train_step = small_step(num_downs=5, ngf=4)
@@ -333,12 +338,13 @@ def on_recording_cuda(monkeypatch, cuda: RecordingCuda) -> tuple[TrainStep, Capt
 def test_order_of_calls_to_cuda(monkeypatch):
     cuda = RecordingCuda()
     train_step, captured = on_recording_cuda(monkeypatch, cuda)
-    body = train_step.body
-    monkeypatch.setattr(
-        train_step,
-        "body",
-        lambda *images: cuda.calls.append(f"body on {cuda.current.name}") or body(*images),
-    )
+    segments = train_step.segments
+
+    def recorded(*images):
+        cuda.calls.append(f"body on {cuda.current.name}")
+        yield from segments(*images)
+
+    monkeypatch.setattr(train_step, "segments", recorded)
     restore = graph.restore
     monkeypatch.setattr(graph, "restore", lambda *a: cuda.calls.append("restore") or restore(*a))
     inputs = next(pairs(1, size=32))

@@ -57,7 +57,7 @@ def test_refuses_what_it_does_not_compute():
         PatchGANLoss("wgangp")
     x = torch.randn(3, requires_grad=True)
     (gradient,) = torch.autograd.grad(PatchGANLoss()(x, True).square(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="patchgan_loss can be differentiated once"):
         gradient.sum().backward()
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastpix2pix.errors import UserError
 from fastpix2pix.interop.junyanz.weights import export_weights, load_weights
@@ -22,6 +23,7 @@ from fastpix2pix.models.blocks import Epilogue
 from fastpix2pix.models.discriminator import min_size
 from fastpix2pix.models.generator import size_multiple
 from fastpix2pix.models.options import GENERATOR_DEPTHS
+from fastpix2pix.training.distributed import ranks_of_group
 from fastpix2pix.training.optim import MasterAdam
 from fastpix2pix.training.options import StepOptions
 from fastpix2pix.training.precision import WORKING_TYPES
@@ -51,7 +53,7 @@ def _mentions(method: FunctionType) -> set[str | float]:
 
 
 def _unwrap(network: nn.Module) -> nn.Module:
-    return network.module if isinstance(network, nn.DataParallel) else network
+    return network.module if isinstance(network, nn.DataParallel | DistributedDataParallel) else network
 
 
 def _is_published_adam(optimizer: torch.optim.Optimizer, opt: Any) -> bool:
@@ -108,9 +110,11 @@ class AcceleratedPix2Pix:
         for flag, values in flags.items():
             if getattr(opt, flag) not in values:
                 return f"--{flag} {getattr(opt, flag)}"
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed or len(getattr(self, "gpu_ids", ())) > 1:
-            return "running on several GPUs"
+        if len(getattr(self, "gpu_ids", ())) > 1:
+            return "one process on several GPUs"
+        if ranks_of_group().size > 1 and self.isTrain and self.precision is not None:
+            # Masters would have to be gathered by all processes, and their program saves in the first alone.
+            return f"--precision {self.precision} in several processes"
         for name in PUBLISHED_UPDATE if self.isTrain else ("forward",):
             method = getattr(type(self), name)
             if method is getattr(AcceleratedPix2Pix, name, None):
@@ -179,7 +183,9 @@ class AcceleratedPix2Pix:
             precision=self.precision or ("tf32" if tf32 else "fp32"),
         )
         with torch.random.fork_rng():
-            return prepare_step(generator, discriminator, options, self.device, image_size=size)
+            return prepare_step(
+                generator, discriminator, options, self.device, image_size=size, ranks=ranks_of_group()
+            )
 
     def _start_training(self, opt: Any, prepared: PreparedStep) -> None:
         """Put our step in the place of theirs, and its optimizers where their schedulers find them."""
@@ -218,10 +224,13 @@ class AcceleratedPix2Pix:
         """Write ``<epoch>_net_G.pth`` and ``<epoch>_net_D.pth``, in their form."""
         if not self.taken_over:
             return super().save_networks(epoch)
+        if ranks_of_group().rank:
+            return
         for name, network, optimizer in self._networks():
             if self.isTrain:  # in a step of theirs G sees one batch, and D three: fake, real, and fake again
                 _count_batches(network, self.uncounted_steps * (1 if name == "G" else 3))
-            state = export_weights(network, optimizer)
+            # In float32 the weights are the masters, which several processes would have to gather together.
+            state = export_weights(network, optimizer if self.working_type is not None else None)
             torch.save(state, os.path.join(self.save_dir, f"{epoch}_net_{name}.pth"))
         self.uncounted_steps = 0
 
@@ -249,8 +258,9 @@ def install(precision: Literal["bf16", "fp16"] | None = None) -> None:
 
     Call it before that program creates its model. Flags, files, printed lines and the interface of the model
     stay as they were; dropout draws from our own stream, seeded by torch's. What our backend doesn't cover
-    (``--netG resnet_9blocks``, ``--gan_mode wgangp``, several GPUs, a changed update rule, ...) runs as
-    before, after one line that says so.
+    (``--netG resnet_9blocks``, ``--gan_mode wgangp``, ``--norm syncbatch``, a changed update rule, ...) runs
+    as before, after one line that says so. Processes of torchrun's are accelerated together, in float32:
+    gradients are means over all, as under DistributedDataParallel, and so are the losses.
 
     precision: the type in which training computes, on float32 masters; by default float32, as there. Files
     are in float32 always. Raises UserError where no such program is found.

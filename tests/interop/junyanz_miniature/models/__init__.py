@@ -2,7 +2,8 @@
 
 It has what the backend meets: the networks with their keys, ``Pix2PixModel`` and its base class, ``train.py``
 and ``test.py``. The environment variable MINIATURE_FORM chooses between the form of 2020 (``gpu_ids``,
-networks initialised where they are defined) and that of 2025 (``opt.device``, initialised in ``setup``).
+networks initialised where they are defined) and that of 2025 (``opt.device``, initialised in ``setup``, and
+wrapped in DistributedDataParallel in a process of torchrun's).
 """
 
 import importlib

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 
 import torch
+import torch.distributed as dist
 
 from . import networks
 
@@ -36,6 +37,10 @@ class BaseModel(ABC):
         if not self.isTrain or opt.continue_train:
             self.load_networks(opt.epoch)
         self.print_networks(opt.verbose)
+        if dist.is_initialized():
+            for name in self.model_names:
+                network = torch.nn.parallel.DistributedDataParallel(getattr(self, "net" + name))
+                setattr(self, "net" + name, network)
 
     def eval(self):
         for name in self.model_names:
@@ -59,9 +64,13 @@ class BaseModel(ABC):
         return OrderedDict((name, getattr(self, "loss_" + name).item()) for name in self.loss_names)
 
     def save_networks(self, epoch):
+        if dist.is_initialized() and dist.get_rank():
+            return
         for name in self.model_names:
             path = os.path.join(self.save_dir, f"{epoch}_net_{name}.pth")
-            torch.save(getattr(self, "net" + name).cpu().state_dict(), path)
+            network = getattr(self, "net" + name)
+            network = network.module if dist.is_initialized() else network
+            torch.save(network.cpu().state_dict(), path)
 
     def load_networks(self, epoch):
         for name in self.model_names:

@@ -1,0 +1,188 @@
+"""Normalisation and activation on the CPU, by PyTorch's batch norm, in the memory layout that comes in.
+
+An instance norm is a batch norm of views: of (1, N * C, H, W) where the images are contiguous, and of one
+image at a time where they are channels-last, which ``F.instance_norm`` copies to contiguous memory and leaves
+there. The activation works in place on the norm's result, which has the sign that its gradient asks for.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastpix2pix.kernels.reference import NormActBackward, NormActConfig, NormActForward
+
+channels_last = torch.channels_last
+
+
+def covers(x: Tensor, weight: Tensor | None, config: NormActConfig) -> bool:
+    """Whether PyTorch's batch norm computes what the reference does, rounding included.
+
+    It rounds 16-bit values before the activation too; and where a statistic is that of a single value, its
+    running variance is 0 / 0.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and (weight is None or weight.dtype == x.dtype)
+        and config.norm
+        and config.unbiased
+        and not config.dropout
+        and config.groups in (1, x.shape[0])
+        and x.numel() > config.groups * x.shape[1]
+    )
+
+
+def activate(y: Tensor, slope: float) -> Tensor:
+    """(Leaky)ReLU in place; slope 1 is the identity."""
+    if slope == 1.0:
+        return y
+    return y.relu_() if slope == 0.0 else F.leaky_relu_(y, slope)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=channels_last)
+
+
+def _tiled(parameter: Tensor | None, n: int) -> Tensor | None:
+    return None if parameter is None else parameter.repeat(n)
+
+
+def norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    config: NormActConfig,
+) -> Tensor:
+    """Norm and activation by PyTorch's own differentiable operators; x as ``nn.BatchNorm2d`` takes it.
+
+    ``config.groups`` is 1 or N; running statistics are updated with 1.
+    """
+    n, c, h, w = x.shape
+    rest = config.training, config.momentum, config.eps, False
+    if config.groups == 1 or not config.training:
+        y = torch.batch_norm(x, weight, bias, running_mean, running_var, *rest)
+    elif _is_channels_last(x):
+        y = _ImageByImage.apply(x, weight, bias, config)
+    else:
+        flat = torch.batch_norm(
+            x.reshape(1, n * c, h, w), _tiled(weight, n), _tiled(bias, n), None, None, *rest
+        )
+        # Before it is a view: autograd copies gradients where views are written.
+        return activate(flat, config.slope).view(n, c, h, w)
+    return activate(y, config.slope)
+
+
+def norm_act_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    config: NormActConfig,
+) -> NormActForward:
+    """``reference.norm_act_forward`` for what it ``covers``, in the layout of ``x``; not differentiable."""
+    if not config.training:
+        y = torch.batch_norm(
+            x, weight, bias, running_mean, running_var, False, config.momentum, config.eps, False
+        )
+        rstd = torch.rsqrt(running_var + config.eps)
+        saved = (t.expand(config.groups, -1).clone() for t in (running_mean, rstd))
+        return NormActForward(activate(y, config.slope), None, *saved)
+    y, mean, rstd = _by_group(x, weight, bias, running_mean, running_var, config)
+    return NormActForward(activate(y, config.slope), None, mean, rstd)
+
+
+def norm_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    config: NormActConfig,
+    needs_affine: bool,
+) -> NormActBackward:
+    """``reference.norm_act_backward`` for what it ``covers``, in the layout of ``x``."""
+    if config.slope != 1.0:  # the sign of the norm's result, once more from x
+        z = _affine(x, weight, bias, mean, rstd)
+        dy = torch.ops.aten.leaky_relu_backward(dy, z, config.slope, False)
+    return _backward_by_group(dy, x, weight, mean, rstd, config.eps, needs_affine)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Normalised by what was saved: one pass."""
+    factor = rstd if weight is None else rstd * weight
+    offset = -mean * factor if bias is None else bias - mean * factor
+    per_image = (t.view(len(mean), -1, 1, 1) for t in (offset, factor))
+    return torch.addcmul(next(per_image), x, next(per_image))
+
+
+def _by_group(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    config: NormActConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y in the layout of x, and (groups, C) mean and rstd."""
+    (n, c, h, w), groups = x.shape, config.groups
+    if groups == 1:
+        y, mean, rstd = torch.native_batch_norm(
+            x, weight, bias, running_mean, running_var, True, config.momentum, config.eps
+        )
+        return y, mean.unsqueeze(0), rstd.unsqueeze(0)
+    y = torch.empty_like(x, memory_format=channels_last if _is_channels_last(x) else torch.contiguous_format)
+    mean, rstd = x.new_empty(n, c), x.new_empty(n, c)
+    if not _is_channels_last(x):
+        flat = _tiled(weight, n), _tiled(bias, n), None, None, True, 0.0, config.eps
+        made = {"out": y.view(1, n * c, h, w), "save_mean": mean.view(-1), "save_invstd": rstd.view(-1)}
+        torch.ops.aten.native_batch_norm.out(x.reshape(1, n * c, h, w), *flat, **made)
+        return y, mean, rstd
+    for i in range(n):
+        part = slice(i, i + 1)
+        made = {"out": y[part], "save_mean": mean[i], "save_invstd": rstd[i]}
+        torch.ops.aten.native_batch_norm.out(x[part], weight, bias, None, None, True, 0.0, config.eps, **made)
+    return y, mean, rstd
+
+
+def _backward_by_group(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, eps: float, needs_affine: bool
+) -> NormActBackward:
+    """Gradients of ``_by_group`` from that of y."""
+    (n, c, h, w), groups = x.shape, len(mean)
+    wanted = [True, needs_affine and weight is not None, needs_affine and weight is not None]
+    backward = torch.ops.aten.native_batch_norm_backward
+    if groups == 1:
+        return NormActBackward(*backward(dy, x, weight, None, None, mean[0], rstd[0], True, eps, wanted))
+    if not _is_channels_last(x):
+        flat = (t.reshape(1, n * c, h, w) for t in (dy, x))
+        saved = mean.flatten(), rstd.flatten()
+        dx, *affine = backward(*flat, _tiled(weight, n), None, None, *saved, True, eps, wanted)
+        sums = (t.view(n, c).sum(0) if want else None for t, want in zip(affine, wanted[1:], strict=True))
+        return NormActBackward(dx.view(n, c, h, w), *sums)
+    dx, totals = torch.empty_like(x, memory_format=channels_last), [None, None]
+    for i in range(n):
+        part, saved = slice(i, i + 1), (mean[i], rstd[i])
+        dx[part], *affine = backward(dy[part], x[part], weight, None, None, *saved, True, eps, wanted)
+        if wanted[1]:
+            totals = affine if i == 0 else [total + t for total, t in zip(totals, affine, strict=True)]
+    return NormActBackward(dx, *totals)
+
+
+class _ImageByImage(torch.autograd.Function):
+    """Instance norm of channels-last images."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, config):
+        y, mean, rstd = _by_group(x, weight, bias, None, None, config)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.eps = config.eps
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        gradients = _backward_by_group(dy, *ctx.saved_tensors, ctx.eps, any(ctx.needs_input_grad[1:3]))
+        return *gradients, None

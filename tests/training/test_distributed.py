@@ -1,0 +1,799 @@
+"""Several ranks that train one model: forked processes over gloo, against one process in plain PyTorch."""
+
+import ast
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import plain_networks
+import pytest
+import torch
+from fake_graph import FakeGraphBackend, static_tensors
+from ranks import Ranks, in_ranks
+from tiny import random_images, tiny_config
+from tiny_run import SMALL, steps_saved, write_pairs
+
+import fastpix2pix
+from fastpix2pix import checkpoint, train
+from fastpix2pix.config import TrainConfig
+from fastpix2pix.data import LoaderOptions, loader
+from fastpix2pix.data.plan import epoch_plan, global_batches
+from fastpix2pix.errors import UserError
+from fastpix2pix.models import build_networks
+from fastpix2pix.training import distributed
+from fastpix2pix.training.distributed import Exchange, RankGone
+from fastpix2pix.training.graph import CapturedStep
+from fastpix2pix.training.precision import WORKING_TYPES
+from fastpix2pix.training.resume import Position, restore, training_state
+from fastpix2pix.training.step import TrainStep
+
+PRESETS = ["tutorial", "junyanz"]
+SOURCES = Path(fastpix2pix.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As each rank has; forked processes with threads of OpenMP would wait for those that were not forked."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def networks(config: TrainConfig, dtype: torch.dtype):
+    """Networks whose norms and biases are away from their initial values."""
+    random = torch.Generator().manual_seed(5)
+    pair = [network.to(dtype) for network in build_networks(config.network_options(), "cpu")]
+    with torch.no_grad():
+        for network in pair:
+            for tensor in network.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.add_(torch.randn(tensor.shape, generator=random, dtype=dtype) * 0.05)
+    return pair
+
+
+def images_of(config: TrainConfig, rank: int, steps: int, dtype: torch.dtype):
+    """A rank's slice of each global batch."""
+    return [[x.to(dtype) for x in pair] for pair in random_images(steps, config, seed=100 + rank)]
+
+
+def weights(train_step: TrainStep) -> list[torch.Tensor]:
+    tensors = [*train_step.generator.parameters(), *train_step.discriminator.parameters()]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def running(train_step: TrainStep) -> list[torch.Tensor]:
+    some = [*train_step.generator.buffers(), *train_step.discriminator.buffers()]
+    return [buffer.clone() for buffer in some if buffer.is_floating_point()]
+
+
+def trained(ranks, config: TrainConfig, dtype: torch.dtype, steps: int):
+    """(weights, losses of each step, running statistics that a checkpoint would hold) of a rank."""
+    train_step = TrainStep(*networks(config, dtype), config.step_options(), ranks.exchange)
+    losses = [
+        torch.stack(train_step(*pair)).clone()
+        for pair in images_of(config, ranks.rank, steps, train_type(config, dtype))
+    ]
+    train_step.average_statistics()
+    return weights(train_step), losses, running(train_step)
+
+
+def train_type(config: TrainConfig, dtype: torch.dtype) -> torch.dtype:
+    return dtype if config.precision is None else WORKING_TYPES[config.precision]
+
+
+def trained_plainly(config: TrainConfig, dtype: torch.dtype, steps: int, size: int, monkeypatch):
+    """The same in one process: a replica in plain PyTorch for each rank, which update by the mean of their
+    gradients. Replicas run as threads that meet where they update."""
+    meeting, given = threading.Barrier(size), [None] * size
+    mine = threading.local()
+
+    def update(adam, gradients):
+        given[mine.rank] = list(gradients.values())
+        meeting.wait()
+        means = [torch.stack(some).mean(0) for some in zip(*given, strict=True)]
+        meeting.wait()
+        for parameter, mean in zip(gradients, means, strict=True):
+            parameter.grad = mean
+        adam.step()
+
+    monkeypatch.setattr(plain_networks, "_update", update)
+    ours = networks(config, dtype)
+    results = [None] * size
+
+    def replica(rank: int):
+        mine.rank = rank
+        plain = plain_networks.PRESETS[config.preset](config.ngf, 5, dtype)
+        copied = plain.copy_weights(*ours)
+        losses = [plain.step(*pair)[0] for pair in images_of(config, rank, steps, dtype)]
+        theirs = {id(mine): their for mine, their in copied}
+        results[rank] = theirs, losses
+
+    threads = [threading.Thread(target=replica, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    parameters = [results[0][0][id(p)].detach() for network in ours for p in network.parameters()]
+    losses = torch.stack([torch.stack(losses) for _, losses in results]).mean(0)
+    # A buffer's tensor is made anew at every access of state_dict, but its storage is the module's.
+    buffers = [b for network in ours for b in network.buffers() if b.is_floating_point()]
+    means = [torch.stack([theirs[id(b)] for theirs, _ in results]).mean(0) for b in buffers]
+    return parameters, losses, means
+
+
+def check_against_plain(preset, dtype, size, tolerance, tmp_path, monkeypatch, steps=10):
+    # 64 pixels leave 2x2 of the bottleneck: a norm over two values amplifies rounding, and with 32 pixels
+    # plain PyTorch in float32 is itself 7e-4 away from its float64 after these steps.
+    config = tiny_config(
+        preset=preset, no_dropout=True, batch_size=2, ngf=4, ndf=4, precision=None, crop_size=64, load_size=68
+    )
+    expected, expected_losses, expected_running = trained_plainly(config, dtype, steps, size, monkeypatch)
+    answers = in_ranks(size, trained, config, dtype, steps, folder=tmp_path)
+    for other in answers[1:]:
+        for a, b in zip(answers[0], other, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    mine, losses, statistics = answers[0]
+    for a, b in zip(mine, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    for a, b in zip(statistics, expected_running, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(torch.stack(losses).double(), expected_losses.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_ranks_equal_one_plain_process(preset, tmp_path, monkeypatch):
+    """Weights equal in all ranks, bit for bit, and those of the mean gradient of statistics per slice."""
+    check_against_plain(preset, torch.float32, 2, 1e-5, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+def test_ranks_equal_one_plain_process(preset, size, dtype, tolerance, tmp_path, monkeypatch):
+    check_against_plain(preset, dtype, size, tolerance, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bits_stay_equal_in_all_ranks(precision, tmp_path):
+    """Dropout on; weights near those of a rank that trains alone on nothing but its own slice, not equal."""
+    preset = {"bf16": "junyanz", "fp16": "tutorial"}[precision]
+    answers = in_ranks(2, sixteen_bits, preset, precision, 4, folder=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(answers[0][0], answers[1][0], strict=True))
+    assert answers[0][1] == answers[1][1]  # losses
+    assert not torch.equal(answers[0][2], answers[1][2])  # dropout's seeds
+
+
+def sixteen_bits(ranks, preset, precision, steps):
+    config = tiny_config(preset=preset, precision=precision, ngf=4, ndf=4)
+    train_step = TrainStep(
+        *build_networks(config.network_options(), "cpu"), config.step_options(), ranks.exchange
+    )
+    dtype = WORKING_TYPES[precision]
+    losses = [torch.stack(train_step(*pair)).tolist() for pair in images_of(config, ranks.rank, steps, dtype)]
+    return weights(train_step), losses, train_step.generator.rng.clone()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_ten_steps_stay_equal_in_all_ranks(preset, precision, size, tmp_path):
+    answers = in_ranks(size, sixteen_bits, preset, precision, 10, folder=tmp_path)
+    for other in answers[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(answers[0][0], other[0], strict=True))
+        assert answers[0][1] == other[1]
+
+
+def test_an_overflow_in_one_rank_is_one_in_all(tmp_path):
+    """The discriminator's gradients of rank 1 are infinite: all skip its update, and halve the scale."""
+    for taken, scale, moved in in_ranks(2, overflowing, folder=tmp_path):
+        assert taken == {"gen": 1, "disc": 0} and scale == 2.0**7
+        assert moved == {"gen": True, "disc": False}
+
+
+def overflowing(ranks):
+    config = tiny_config(precision="fp16", ngf=4, ndf=4)
+    train_step = TrainStep(
+        *build_networks(config.network_options(), "cpu"), config.step_options(), ranks.exchange
+    )
+    train_step.loss_scale.scale.fill_(2.0**8)
+    before = [p.detach().clone() for p in train_step.discriminator.parameters()]
+    gen_before = [p.detach().clone() for p in train_step.generator.parameters()]
+    if ranks.rank == 1:
+        (bias,) = [p for name, p in train_step.discriminator.named_parameters() if name == "last.bias"]
+        bias.register_hook(lambda grad: grad.fill_(torch.inf))
+    train_step(*images_of(config, ranks.rank, 1, torch.float16)[0])
+    taken = {
+        "gen": int(train_step.gen_optimizer._clocks[0].step),
+        "disc": int(train_step.disc_optimizer._clocks[0].step),
+    }
+    moved = {
+        "disc": any(
+            not torch.equal(a, b) for a, b in zip(before, train_step.discriminator.parameters(), strict=True)
+        ),
+        "gen": any(
+            not torch.equal(a, b) for a, b in zip(gen_before, train_step.generator.parameters(), strict=True)
+        ),
+    }
+    return taken, float(train_step.loss_scale.scale), moved
+
+
+# ------------------------------------------------------------------------------------- what is exchanged
+
+
+class Counting(Exchange):
+    """Counts what this rank sends: all but its slice of what is scattered, and its slice to all others."""
+
+    sent = 0
+
+    def scatter_sum(self, whole, share):
+        self.sent += (whole.numel() - share.numel()) * whole.element_size()
+        return super().scatter_sum(whole, share)
+
+    def gather(self, whole, share):
+        self.sent += share.numel() * (self.size - 1) * share.element_size()
+        return super().gather(whole, share)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_bytes_of_a_step(preset, tmp_path):
+    """2 x weights x type x (N - 1) / N are sent; Adam's state is divided by N. Alignment adds 2 %."""
+    answers = in_ranks(2, counted, preset, folder=tmp_path)
+    for size, sent, weight_bytes, numbers, state in answers:
+        assert 1 <= sent / (2 * weight_bytes * (size - 1) / size) < 1.02
+        assert 1 <= state / (2 * numbers * 4 / size) < 1.02
+
+
+def counted(ranks, preset):
+    config = tiny_config(preset=preset, ngf=16, ndf=16, precision="fp32")
+    exchange = Counting()
+    train_step = TrainStep(*build_networks(config.network_options(), "cpu"), config.step_options(), exchange)
+    exchange.sent = 0
+    train_step(*images_of(config, ranks.rank, 1, torch.float32)[0])
+    parameters = weights(train_step)
+    moments = [
+        state[name]
+        for optimizer in (train_step.gen_optimizer, train_step.disc_optimizer)
+        for state in optimizer.state.values()
+        for name in ("exp_avg", "exp_avg_sq")
+    ]
+    return (
+        exchange.size,
+        exchange.sent,
+        sum(p.numel() * p.element_size() for p in parameters),
+        sum(p.numel() for p in parameters),
+        sum(m.numel() * m.element_size() for m in moments),
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_checkpoint_is_the_same_for_any_number_of_ranks(precision, tmp_path):
+    """From one process to two and back: every tensor as it was, and no tensor twice in the file."""
+    config = tiny_config(precision=precision, ngf=4, ndf=4)
+    alone = TrainStep(*build_networks(config.network_options(), "cpu"), config.step_options())
+    for pair in images_of(config, 0, 2, WORKING_TYPES[precision]):
+        alone(*pair)
+    state = training_state(alone, config, {}, Position(2, 0, 2))
+    torch.save(state, tmp_path / "alone.pt")
+    in_ranks(2, restored, config, tmp_path, folder=tmp_path)
+    again = torch.load(tmp_path / "again.pt", weights_only=True)
+    assert_same_state(state, again)
+    assert (tmp_path / "again.pt").stat().st_size < 1.01 * (tmp_path / "alone.pt").stat().st_size
+    assert restore(alone, again, tmp_path) == Position(2, 0, 2)
+
+
+def restored(ranks, config, folder):
+    config = tiny_config(precision=config.precision, ngf=4, ndf=4, seed=77)  # other weights than those saved
+    train_step = TrainStep(
+        *build_networks(config.network_options(), "cpu"), config.step_options(), ranks.exchange
+    )
+    at = restore(train_step, torch.load(folder / "alone.pt", weights_only=True), folder)
+    state = training_state(train_step, config, {}, at)
+    if ranks.first:
+        torch.save(state, folder / "again.pt")
+
+
+def assert_same_state(a, b, where=""):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - {"config"}:
+            assert_same_state(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b) and a.dtype == b.dtype and a.stride() == b.stride(), where
+    elif isinstance(a, list | tuple):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_state(x, y, f"{where}.{i}")
+    else:
+        assert a == b, where
+
+
+# --------------------------------------------------------------------------------- captured by segments
+
+
+def static(train_step: TrainStep) -> list[torch.Tensor]:
+    buffers = [*train_step.gen_optimizer.buffers(), *train_step.disc_optimizer.buffers()]
+    return [*static_tensors(train_step), *buffers, train_step._exchanged]
+
+
+@pytest.mark.parametrize(("preset", "precision"), [("tutorial", "fp16"), ("junyanz", "bf16")])
+def test_replays_of_segments_equal_eager_steps(preset, precision, tmp_path):
+    (segments, same), _ = in_ranks(2, replayed, preset, precision, folder=tmp_path)
+    # Gradients, [infinities,] weights of each network, losses: an exchange each, and a segment more.
+    assert segments == {"tutorial": 6, "junyanz": 6}[preset] and same
+
+
+def replayed(ranks, preset, precision):
+    config = tiny_config(preset=preset, precision=precision, ngf=4, ndf=4)
+
+    def fresh():
+        built = build_networks(config.network_options(), "cpu")
+        return TrainStep(*built, config.step_options(), ranks.exchange)
+
+    eager, captured = fresh(), fresh()
+    for one in (eager, captured):
+        if one.loss_scale is not None:
+            one.loss_scale.scale.fill_(2.0**8)
+    run = CapturedStep(captured, FakeGraphBackend(partial(static, captured)))
+    same = True
+    for i, pair in enumerate(images_of(config, ranks.rank, 3, WORKING_TYPES[precision])):
+        for one in (eager, captured):
+            one.set_lr(1e-4 / (1 + i))
+        same &= torch.equal(torch.stack(eager(*pair)), torch.stack(run(*pair)))
+        same &= all(torch.equal(a, b) for a, b in zip(eager.state(), captured.state(), strict=True))
+    assert run.failure is None, run.failure
+    return len(run._backend.tapes), same
+
+
+def test_a_collective_within_a_segment_shows(tmp_path):
+    assert in_ranks(2, captures_a_collective, folder=tmp_path) == [True, True]
+
+
+def captures_a_collective(ranks):
+    config = tiny_config(ngf=4, ndf=4, precision="fp32")
+    train_step = TrainStep(
+        *build_networks(config.network_options(), "cpu"), config.step_options(), ranks.exchange
+    )
+    backend = FakeGraphBackend(partial(static, train_step))
+    images = images_of(config, ranks.rank, 1, torch.float32)[0]
+
+    def in_one_segment(source, target):
+        train_step.body(source, target)
+        yield from ()
+
+    try:
+        backend.capture(partial(in_one_segment, *images))
+    except RankGone as refused:  # as every error of a collective
+        return "a collective is captured" in str(refused)
+    return False
+
+
+def test_no_collective_on_a_stream_that_is_captured(monkeypatch, tmp_path):
+    """On a GPU the exchange itself refuses."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    exchange = Exchange.__new__(Exchange)
+    one = torch.zeros(2)
+    for call in (
+        lambda: exchange.scatter_sum(one, one[:1]),
+        lambda: exchange.gather(one, one[:1]),
+        lambda: exchange.sum_(one),
+        lambda: exchange.max_(one),
+        lambda: exchange.take_first(one),
+    ):
+        with pytest.raises(RuntimeError, match="captured"):
+            call()
+
+
+def test_graphs_are_gone_before_the_group(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(train.PreparedStep, "release", lambda self: order.append("graphs"))
+    destroy = distributed.dist.destroy_process_group
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: order.append("group") or destroy())
+    write_pairs(tmp_path / "pairs", 4)
+
+    def run(rank):
+        train.main(flags(tmp_path, "--steps", "1"))
+        return order
+
+    assert Ranks(2, run, folder=tmp_path).answers() == [["graphs", "group"]] * 2
+
+
+def test_only_one_file_knows_torch_distributed():
+    users = set()
+    for path in [*SOURCES.rglob("*.py"), *(SOURCES.parent / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            if isinstance(node, ast.Attribute):
+                names = [ast.unparse(node)]
+            if any(name.startswith("torch.distributed") for name in names):
+                users.add(path.relative_to(SOURCES.parent).as_posix())
+    assert users == {"fastpix2pix/training/distributed.py"}
+
+
+# ------------------------------------------------------------------------------------------------ the data
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize("count", [5, 7, 12, 23])
+def test_ranks_share_an_epoch(count, batch_size, ranks):
+    """Every sample at most once, in the plan's order, as many for each rank; few are left."""
+    for position in range(count):
+        batches = list(global_batches(count, position, batch_size, ranks))
+        taken = [place for batch in batches for rank in range(ranks) for place in batch.of(rank)]
+        assert taken == list(range(position, position + len(taken)))
+        assert 0 <= count - position - len(taken) < ranks
+        assert all(1 <= batch.share <= batch_size for batch in batches)
+        assert all(batch.share == batch_size for batch in batches[:-1])
+        ends = [batch.end for batch in batches]
+        assert ends == [batch.start for batch in batches[1:]] + ([count] if batches else [])
+
+
+def opened(folder, rank, ranks, **options):
+    options = LoaderOptions(
+        rank=rank, ranks=ranks, loader="portable", num_threads=1, load_size=32, crop_size=32, **options
+    )
+    return loader.open_loader(folder, options)
+
+
+def test_ranks_load_their_slices_of_the_plan(tmp_path):
+    """Three loaders, and the plan itself; 11 pairs, batches of 2, so that an epoch is 6 + 3 samples."""
+    write_pairs(tmp_path, 11)
+    streams = [opened(tmp_path, rank, 3, batch_size=2, seed=4) for rank in range(3)]
+    assert [one.batches_per_epoch for one in streams] == [2, 2, 2]
+    batches = [[next(stream) for _ in range(4)] for stream in (one.stream() for one in streams)]
+    for one in streams:
+        one.close()
+    pairs = [pair.name for pair in streams[0].pairs]
+    for epoch in (0, 1):
+        order = [pairs[i] for i in epoch_plan(4, epoch, 11, load_size=32, crop_size=32).order]
+        seen = [name for k in (0, 1) for rank in range(3) for name in batches[rank][2 * epoch + k].names]
+        assert seen == order[:9]
+    assert [[b[2:4] for b in some] for some in batches] == [[(0, 6), (1, 0), (1, 6), (2, 0)]] * 3
+
+
+def test_fewer_pairs_than_ranks_are_refused(tmp_path):
+    write_pairs(tmp_path, 2)
+    with pytest.raises(UserError, match="2 pairs do not give each of 3 processes one"):
+        opened(tmp_path, 0, 3)
+
+
+def flags(folder: Path, *more: str) -> list[str]:
+    return [
+        *SMALL,
+        "--dataroot",
+        str(folder / "pairs"),
+        "--checkpoints_dir",
+        str(folder),
+        "--name",
+        "run",
+        *more,
+    ]
+
+
+def run_and_note(rank, argv):
+    """(In a rank.) Train as the command does; the names of each step's samples."""
+    seen = []
+    stream = loader.Loader.stream
+
+    def noting(self, *at):
+        for batch in stream(self, *at):
+            seen.append(batch.names)
+            yield batch
+
+    loader.Loader.stream = noting
+    train.main(argv)
+    return seen
+
+
+def test_two_one_four_processes_see_the_samples_of_one(tmp_path):
+    """6 samples in two ranks, 4 in one, 8 in four, 3 in one: those of a training that never stopped."""
+    write_pairs(tmp_path / "pairs", 24)
+    seen, total = [], 0
+    for size, steps in ((2, 3), (1, 4), (4, 2), (1, 3)):
+        total += steps
+        more = ["--continue_train"] if seen else []
+        argv = flags(tmp_path, "--steps", str(total), *more)
+        of_ranks = Ranks(size, run_and_note, argv, folder=tmp_path).answers()
+        for k in range(steps):
+            seen += [name for one in of_ranks for name in one[k]]
+        assert steps_saved(tmp_path / "run")[-1] == total
+    names = [pair.name for pair in loader.find_pairs(tmp_path / "pairs", "train")]
+    order = [names[i] for i in epoch_plan(0, 0, 24, load_size=32, crop_size=32).order]
+    assert seen == order[:21]
+    state = checkpoint.load(checkpoint.latest(tmp_path / "run"))
+    assert state["data"] == {"epoch": 0, "position": 21} and state["step"] == 12
+
+
+# ------------------------------------------------------------------------------- one voice, and how it ends
+
+
+def endless(folder: Path, *more: str) -> list[str]:
+    return flags(folder, "--steps", "1000000", "--cache", "0", "--save_latest_freq", "4", *more)
+
+
+def started(size: int, folder: Path, *more: str, **options) -> Ranks:
+    """A training that has saved a checkpoint."""
+    write_pairs(folder / "pairs", 9)
+    ranks = Ranks(size, lambda rank: train.main(endless(folder, *more)), folder=folder, **options)
+    deadline = time.monotonic() + 120
+    while not any((folder / "run" / "checkpoints").glob("step_*.pt")):
+        assert time.monotonic() < deadline, ranks.said()
+        time.sleep(0.05)
+    return ranks
+
+
+@pytest.mark.parametrize("to", [0, 1])
+def test_a_stop_request_to_one_rank_stops_all_after_one_save(to, tmp_path):
+    ranks = started(2, tmp_path)
+    os.kill(ranks.processes[to], signal.SIGTERM)
+    assert ranks.wait() == [128 + signal.SIGTERM] * 2
+    out, err = ranks.said("out"), ranks.said()
+    (at,) = re.findall(r"stopped at step (\d+); the run goes on with --continue_train", out[0])
+    assert steps_saved(tmp_path / "run")[-1] == int(at)
+    assert out[1] == "" and err[1].strip() == "" and "error" not in err[0]
+
+
+def test_only_rank_0_speaks_and_says_what_a_step_is(tmp_path):
+    write_pairs(tmp_path / "pairs", 5)
+    ranks = Ranks(
+        2, lambda rank: train.main(flags(tmp_path, "--steps", "2", "--batch_size", "2")), folder=tmp_path
+    )
+    assert ranks.wait() == [0, 0]
+    out, err = ranks.said("out"), ranks.said()
+    assert "2 processes, one a CPU process (gloo): --batch_size 2 in each makes 4 pairs a step" in out[0]
+    assert "done: 2 steps" in out[0] and out[1] == "" and err[1] == ""
+
+
+def test_a_rank_that_is_killed_ends_the_others_with_one_line(tmp_path):
+    ranks = started(2, tmp_path)
+    os.kill(ranks.processes[1], signal.SIGKILL)
+    began = time.monotonic()
+    assert ranks.wait() == [1, -signal.SIGKILL]
+    assert time.monotonic() - began < 30
+    (line,) = [line for line in ranks.said()[0].splitlines() if "error" in line]
+    assert "a process of this training is gone" in line and "--continue_train" in line
+    assert steps_saved_in(tmp_path)  # whole
+
+
+def test_a_rank_that_hangs_ends_the_others(tmp_path, monkeypatch):
+    """Stopped, as by a machine that freezes: its connections stay open, and nothing comes."""
+    monkeypatch.setattr(distributed, "SILENCE", 3.0)
+    ranks = started(2, tmp_path)
+    os.kill(ranks.processes[1], signal.SIGSTOP)
+    assert os.waitstatus_to_exitcode(os.waitpid(ranks.processes[0], 0)[1]) == 1
+    assert "rank 1 has given no sign of life for 3 s" in ranks.said()[0]
+    os.kill(ranks.processes[1], signal.SIGKILL)
+    os.waitpid(ranks.processes[1], 0)
+
+
+def test_torchrun_s_restart_goes_on(tmp_path):
+    """Without --continue_train: from the checkpoint where there is one, and anew where there is none. The
+    store is the same, with the addresses of processes that are gone."""
+    write_pairs(tmp_path / "pairs", 4)
+    store = None
+    for steps in ("1", "3"):
+        argv = flags(tmp_path, "--steps", steps)
+        run = Ranks(2, lambda rank, argv=argv: train.main(argv), folder=tmp_path, restarts=1, store=store)
+        assert run.wait() == [0, 0], run.said()
+        store = run.store
+    assert steps_saved(tmp_path / "run") == [1, 3]
+
+
+def test_an_error_of_one_rank_saves_first_and_is_said_once(tmp_path):
+    """A file that turns bad: only the rank that meets it knows, all save what was learnt, all end alike."""
+    write_pairs(tmp_path / "pairs", 6)
+
+    def work(rank):
+        stream = loader.Loader.stream
+
+        def failing(self, *at):
+            for k, batch in enumerate(stream(self, *at)):
+                if k == 3 and rank == 1:
+                    raise UserError("3.png: damaged; replace it")
+                yield batch
+
+        loader.Loader.stream = failing
+        train.main(endless(tmp_path, "--save_latest_freq", "1000"))
+
+    ranks = Ranks(2, work, folder=tmp_path)
+    assert ranks.wait() == [2, 2]
+    said = "".join(ranks.said())
+    assert said.count("error: 3.png: damaged; replace it") == 1 and said.count("error") == 1
+    assert steps_saved(tmp_path / "run") == [3]
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["--steps", "none"], "error: "),
+        (["--device", "cuda:1"], "each of several processes has a GPU of its own; drop the flag"),
+        (["--continue_train"], "there is no run to continue"),
+    ],
+)
+def test_a_mistake_is_said_once(more, line, tmp_path):
+    write_pairs(tmp_path / "pairs", 4)
+    ranks = Ranks(2, lambda rank: train.main(flags(tmp_path, *more)), folder=tmp_path)
+    assert ranks.wait() == [2, 2]
+    said = "".join(ranks.said())
+    assert said.count("error: ") == 1 and line in said and "Traceback" not in said
+
+
+def test_help_ends_all(tmp_path):
+    ranks = Ranks(2, lambda rank: train.main(["--help"]), folder=tmp_path)
+    assert ranks.wait() == [0, 0]
+    assert "--dataroot" in ranks.said("out")[0] and ranks.said("out")[1] == ""
+
+
+def test_ranks_that_differ_are_refused(tmp_path):
+    def work(rank):
+        with distributed.joined() as ranks:
+            ranks.check_same("--precision", "fp32")
+            ranks.check_same("--precision", ["fp16", "bf16"][rank])
+
+    ranks = Ranks(2, work, folder=tmp_path)
+    assert ranks.wait() == [1, 1]
+    assert "--precision: fp16 in rank 0, bf16 in rank 1; all processes must have the same" in "".join(
+        ranks.said()
+    )
+
+
+def test_one_process_under_torchrun_is_alone(monkeypatch):
+    for name, value in {
+        "WORLD_SIZE": "1",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "x",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with distributed.joined() as ranks:
+        assert ranks is distributed.ALONE
+    assert not distributed.dist.is_initialized()
+
+
+# ---------------------------------------------------------------------------- at length, and under torchrun
+
+
+@pytest.mark.slow
+def test_twenty_random_kills(tmp_path):
+    """All end within 30 s, the checkpoints are whole, and the next start goes on from the newest.
+
+    The other rank gets SIGTERM a moment later, as from torchrun.
+    """
+    random = np.random.default_rng(3)
+    write_pairs(tmp_path / "pairs", 9)
+    newest = 0
+    for k in range(1, 21):
+        argv = endless(tmp_path, *(["--continue_train"] if steps_saved_in(tmp_path) else []))
+        ranks = Ranks(2, lambda rank, argv=argv: train.main(argv), folder=tmp_path)
+        if k % 4:  # later than the first step, else at some moment of the start
+            wait_for(lambda: steps_saved_in(tmp_path)[-1:] > [newest], tmp_path)  # noqa: B023
+        time.sleep(random.uniform(0.1, 2.0))
+        victim = int(random.integers(2))
+        os.kill(ranks.processes[victim], signal.SIGKILL)
+        began = time.monotonic()
+        time.sleep(0.1)
+        os.kill(ranks.processes[1 - victim], signal.SIGTERM)
+        codes = ranks.wait()
+        assert time.monotonic() - began < 30, f"kill {k}"
+        # Where it had not met the other yet, SIGTERM ends it.
+        assert codes[victim] == -signal.SIGKILL and codes[1 - victim] in (1, -signal.SIGTERM), ranks.said()
+        assert "Traceback" not in "".join(ranks.said()), ranks.said()
+        saved = steps_saved_in(tmp_path)
+        assert not newest or saved[-1] >= newest
+        newest = saved[-1] if saved else 0
+    assert newest >= 15 * 4
+
+
+def steps_saved_in(folder: Path) -> list[int]:
+    found = sorted((folder / "run" / "checkpoints").glob("step_*.pt"))
+    return [checkpoint.load(path)["step"] for path in found]
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def torchrun(folder: Path, *options: str, name: str = "out") -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCES.parent)}
+    out = open(folder / f"{name}.out", "wb")  # noqa: SIM115 (the process's)
+    return subprocess.Popen(
+        [*TORCHRUN, *options], cwd=folder, stdout=out, stderr=subprocess.STDOUT, env=environment
+    )
+
+
+def wait_for(condition, folder: Path, process: subprocess.Popen | None = None) -> None:
+    """Fails, with what was said, when the process ends or four minutes have passed."""
+    deadline = time.monotonic() + 240
+    while not condition():
+        ended = process is not None and process.poll() is not None
+        assert not ended and time.monotonic() < deadline, [one.read_text() for one in folder.glob("*.out")]
+        time.sleep(0.05)
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    """The ranks' processes, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            environment = (path / "environ").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            continue
+        ranks = [int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")]
+        if parent == process.pid and ranks:
+            found[ranks[0]] = int(path.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.mark.slow
+def test_one_process_of_torchrun_is_a_training_without_it(tmp_path):
+    """Bit for bit: weights, moments, dropout, losses."""
+    write_pairs(tmp_path / "pairs", 5)
+    train.main([*flags(tmp_path, "--steps", "6"), "--name", "plain"])
+    argv = [*flags(tmp_path, "--steps", "6"), "--name", "torchrun"]
+    process = torchrun(tmp_path, "--nproc_per_node=1", "-m", "fastpix2pix.train", *argv)
+    assert process.wait(240) == 0, (tmp_path / "out.out").read_text()
+    plain, other = (checkpoint.load(checkpoint.latest(tmp_path / name)) for name in ("plain", "torchrun"))
+    del plain["environment"], other["environment"]
+    assert_same_state(plain, other)
+
+
+@pytest.mark.slow
+def test_two_agents_train_together(tmp_path):
+    """As on two machines: --nnodes=2, one process each."""
+    write_pairs(tmp_path / "pairs", 5)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=7"]
+    argv = ["-m", "fastpix2pix.train", *flags(tmp_path, "--steps", "4")]
+    agents = [
+        torchrun(tmp_path, *rendezvous, f"--rdzv_endpoint=localhost:{port}", *argv, name=f"agent{i}")
+        for i in range(2)
+    ]
+    codes = [agent.wait(300) for agent in agents]
+    said = [(tmp_path / f"agent{i}.out").read_text() for i in range(2)]
+    assert codes == [0, 0], said
+    assert sum("2 processes, one a CPU process" in text for text in said) == 1
+    assert steps_saved(tmp_path / "run") == [4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_saves_once(tmp_path, number):
+    write_pairs(tmp_path / "pairs", 9)
+    argv = endless(tmp_path, "--save_latest_freq", "100000")
+    process = torchrun(tmp_path, "--nproc_per_node=2", "-m", "fastpix2pix.train", *argv)
+    wait_for(lambda: "img/s" in (tmp_path / "out.out").read_text(), tmp_path, process)
+    process.send_signal(number)
+    process.wait(60)
+    text = (tmp_path / "out.out").read_text()
+    (at,) = re.findall(r"stopped at step (\d+); the run goes on", text)
+    assert steps_saved(tmp_path / "run") == [int(at)]
+    assert "stopped at once" not in text and "error: " not in text
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_training_again(tmp_path):
+    write_pairs(tmp_path / "pairs", 9)
+    argv = flags(tmp_path, "--steps", "200", "--save_latest_freq", "10", "--cache", "0")
+    process = torchrun(tmp_path, "--nproc_per_node=2", "--max_restarts=1", "-m", "fastpix2pix.train", *argv)
+    wait_for(lambda: len(steps_saved_in(tmp_path)) > 1, tmp_path, process)
+    before = steps_saved_in(tmp_path)[-1]
+    os.kill(workers(process)[1], signal.SIGKILL)
+    assert process.wait(300) == 0, (tmp_path / "out.out").read_text()
+    text = (tmp_path / "out.out").read_text()
+    assert steps_saved(tmp_path / "run")[-1] == 200 and "done: 200 steps" in text
+    assert before > 10
