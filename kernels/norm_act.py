@@ -171,15 +171,15 @@ def norm_act_forward(
     tile = choose_tile(pixels, channels, x.element_size(), CHUNK_FORWARD)
     programs = cdiv(channels, tile.channels), groups
     chunks, shares = reduction_chunks(pixels, tile), elementwise_chunks(pixels, tile, prod(programs))
-    partials = Workspace(None, groups, chunks.count)
+    chunk_sums = Workspace(None, groups, chunks.count)
     if takes_statistics:
         workspace = torch.empty((2, groups, chunks.count, channels), dtype=dtype, device=x.device)
-        partials = Workspace(workspace, groups, chunks.count)
+        chunk_sums = Workspace(workspace, groups, chunks.count)
         launch(
             norm_act_statistics,
             (chunks.count, *programs),
             image_pointer(x),
-            partials,
+            chunk_sums,
             pixels,
             chunks.pixels,
             channels,
@@ -197,7 +197,7 @@ def norm_act_forward(
         *images,
         parameters,
         saved,
-        partials,
+        chunk_sums,
         dropout,
         pixels,
         chunks.pixels,
@@ -207,7 +207,7 @@ def norm_act_forward(
         CHUNKS=next_power_of_2(chunks.count),
         TILE=tile,
         num_warps=tile.num_warps,
-        reads=(x, partials.pointer, *parameters, dropout.rng),
+        reads=(x, chunk_sums.pointer, *parameters, dropout.rng),
         writes=(y, skip, *saved, *updated),
         trips=_apply_trips(shares, groups if has_updates else 0) if takes_statistics else trips(shares.tiles),
     )

@@ -145,7 +145,7 @@ class _SharedForward(torch.autograd.Function):
     def _weight_gradients(ctx, dlogits):
         """In the order of ``discriminator.parameters()``."""
         last = ctx.discriminator.last
-        gradients = {last.bias: None}
+        gradients: dict[nn.Parameter | None, Tensor | None] = {last.bias: None}
         dy, gradients[last.weight], _ = conv2d_backward(dlogits, ctx.last)
         for layer in reversed(ctx.layers):
             conv, epilogue = layer.block.conv, layer.block.epilogue

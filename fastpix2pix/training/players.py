@@ -78,7 +78,8 @@ class FusedPlayers:
 
     def __init__(self, generator: UNetGenerator, discriminator: PatchDiscriminator, *, real_first: bool):
         self.generator, self.discriminator, self.real_first = generator, discriminator, real_first
-        self.logit_bias: nn.Parameter = discriminator.last.bias
+        assert isinstance(discriminator.last.bias, nn.Parameter)
+        self.logit_bias = discriminator.last.bias
 
     def draw(self, source: Tensor, target: Tensor) -> Drawn:
         n, c, h, w = source.shape
