@@ -545,7 +545,8 @@ def test_model_of_an_exchange():
     weights = sum(
         p.numel() * p.element_size() for one in (step.generator, step.discriminator) for p in one.parameters()
     )
-    assert 1 <= exchange.sent / (2 * weights * 3 / 4) < 1.02
+    # Of weights so few as these, alignment to 64 elements adds a few percent; and the losses, 5 floats.
+    assert 1 <= exchange.sent / (2 * weights * 3 / 4) < 1.04
     rank = scaling.Rank([], 100e6, 10)
     link = scaling.Link("A100", 100)
     expected = 100e6 / (0.7 * 100e9) + 10 * 30e-6
