@@ -84,7 +84,8 @@ class _FusedNorm(_NormBase):
         if torch.compiler.is_compiling() or one_value:
             y = apply_norm_act(x, self.weight, self.bias, *running, config=config)
         else:
-            y = cpu_norm.norm_act(x, self.weight, self.bias, *running, config)
+            running_mean, running_var = running
+            y = cpu_norm.norm_act(x, self.weight, self.bias, running_mean, running_var, config)
         return F.dropout(y, probability) if probability else y
 
     def extra_repr(self) -> str:
@@ -160,7 +161,7 @@ class Conv2dAct(_BiasAct, nn.Conv2d):
         return self._conv_forward(x, self.weight, bias)
 
 
-class ConvTranspose2dAct(_BiasAct, nn.ConvTranspose2d):
+class ConvTranspose2dAct(_BiasAct, nn.ConvTranspose2d):  # type: ignore[misc]  # no output_size
     """``nn.ConvTranspose2d`` with bias, then (Leaky)ReLU."""
 
     def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -298,19 +299,19 @@ def _fuse(module: nn.Module, name: str, norm: nn.Module) -> list[str]:
     holder_name, _, key = name.rpartition(".")
     holder = module.get_submodule(holder_name)
     taken: list[nn.Module] = []
-    slope, dropout = 1.0, ()
+    slope, dropout = 1.0, None
     if rewriting.is_plain_sequential(holder):
         keys = list(holder._modules)
         after = keys[keys.index(key) + 1 :]
         taken = _followers([holder._modules[other] for other in after])
         for other, layer in zip(after, taken, strict=False):
             if _is_dropout(layer):
-                dropout = (FusedDropout(layer.p).train(layer.training),)
-                holder._modules[other] = dropout[0]
+                dropout = holder._modules[other] = FusedDropout(layer.p).train(layer.training)
             else:
                 slope = _slope(layer)
                 holder._modules[other] = nn.Identity().train(layer.training)
-    holder._modules[key] = _become(norm, FUSED[type(norm)], slope, dropout=dropout)
+    dropouts = () if dropout is None else (dropout,)
+    holder._modules[key] = _become(norm, FUSED[type(norm)], slope, dropout=dropouts)
     return [type(layer).__name__ for layer in taken]
 
 

@@ -231,7 +231,7 @@ def _fuse_after(module: nn.Module, graph: fx.Graph, name: str) -> list[str]:
     last, taken, arguments = after, ["sum"], [call, residual]
     activation = _only_user(after)
     slope = None if activation is None else _slope_of(module, activation, after)
-    if slope is not None:
+    if activation is not None and slope is not None:
         last, taken, arguments = activation, [*taken, _word(module, activation)], [*arguments, slope]
     with graph.inserting_before(last):
         joined = graph.call_function(join, tuple(arguments))

@@ -4,7 +4,7 @@ A step draws an image, has it looked at by the discriminator, and sends gradient
 both; the update rules (``training.step``) are written in these words.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -50,22 +50,22 @@ class Players(Protocol):
 
     logit_bias: nn.Parameter | None
 
-    def draw(self, source: Tensor, target: Tensor) -> Drawn:
+    def draw(self, source: Tensor, target: Tensor) -> Any:
         """The generated image for ``source`` and its L1 distance from ``target``."""
 
-    def logits_of_both(self, drawn: Drawn, *, through_fake: bool) -> tuple[Tensor, Tensor]:
+    def logits_of_both(self, drawn: Any, *, through_fake: bool) -> tuple[Tensor, Tensor]:
         """(2 N, ...) logits of the real and the fake pairs, in the rule's order, for the discriminator's
         gradient; and the (N, ...) logits of the fake pairs, whose gradient reaches the generator if
         ``through_fake``."""
 
-    def logits_of_fake(self, drawn: Drawn) -> Tensor:
+    def logits_of_fake(self, drawn: Any) -> Tensor:
         """(N, ...) logits of the fake pairs by the discriminator as it now is, for the generator alone."""
 
-    def gan_loss(self, logits: Tensor, **rule: Any) -> GanLoss:
-        """``kernels.gan_loss.gan_loss`` of what ``logits_of_both`` returned."""
+    gan_loss: Callable[..., GanLoss]
+    """``kernels.gan_loss.gan_loss`` of what ``logits_of_both`` returned."""
 
-    def gan_target_loss(self, logits: Tensor, real: bool, **rule: Any) -> tuple[Tensor, Tensor]:
-        """``kernels.gan_loss.gan_target_loss`` of what ``logits_of_fake`` returned."""
+    gan_target_loss: Callable[..., tuple[Tensor, Tensor]]
+    """``kernels.gan_loss.gan_target_loss`` of what ``logits_of_fake`` returned."""
 
     def backward(self, paths: Sequence[Backward]) -> None:
         """Add each path's gradient to the parameters of its optimizer, and to no others."""
@@ -139,7 +139,7 @@ class ModulePlayers:
         self.generator, self.discriminator, self.real_first = generator, discriminator, real_first
         self.objective = Objective() if objective is None else objective
         self._sizes: list[int] = []  # of the maps
-        self.logit_bias = None
+        self.logit_bias: nn.Parameter | None = None
 
     def draw(self, source: Tensor, target: Tensor) -> Judged:
         return Judged(source, target, self.generator(source), self.objective.image_loss)
@@ -210,7 +210,10 @@ def players_for(
     """Fused players where both networks are ours and no other objective is given, else players that take any
     modules.
     """
-    ours = isinstance(generator, UNetGenerator) and isinstance(discriminator, PatchDiscriminator)
-    if ours and objective is None:
+    if (
+        objective is None
+        and isinstance(generator, UNetGenerator)
+        and isinstance(discriminator, PatchDiscriminator)
+    ):
         return FusedPlayers(generator, discriminator, real_first=real_first)
-    return ModulePlayers(generator, discriminator, real_first=real_first, objective=objective)
+    return ModulePlayers(generator, discriminator, real_first=real_first, objective=objective)  # type: ignore[return-value]  # its drawn image is another
