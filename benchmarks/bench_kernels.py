@@ -19,7 +19,7 @@ from benchmarks.conftest import DEVICE
 from benchmarks.roofline import copy_bandwidth
 from benchmarks.timing import captured, clock
 from fastpix2pix.kernels import adam, launch, reference
-from fastpix2pix.kernels.adam import AdamClock, AdamForm
+from fastpix2pix.kernels.adam import AdamClock, AdamForm, AdamTensors
 from fastpix2pix.kernels.cpu_conv import conv2d, conv_transpose2d
 from fastpix2pix.kernels.gan_loss import gan_loss
 from fastpix2pix.kernels.norm_act import norm_act
@@ -155,7 +155,9 @@ def adam_calls(count: int) -> Calls:
     master, exp_avg, exp_avg_sq = (torch.zeros(count, device=DEVICE) for _ in range(3))
     gradient = torch.randn(count, device=DEVICE, dtype=DTYPE)
     working = None if torch.float32 == DTYPE else torch.zeros(count, device=DEVICE, dtype=DTYPE)
-    workings = None if working is None else [working]
+    split = working is not None and working.dtype == torch.bfloat16 and launch.use_triton(working)
+    remainder = torch.zeros_like(working, dtype=torch.int16) if split else None
+    parameter = AdamTensors(exp_avg, exp_avg_sq, None if split else master, working, remainder)
     form, ticking = AdamForm(0.5, 0.999, 1e-7, False), AdamClock.create(DEVICE)
     ticking.lr.fill_(2e-4)
     weight = torch.zeros(count, device=DEVICE, requires_grad=True)
@@ -163,8 +165,8 @@ def adam_calls(count: int) -> Calls:
 
     def ours() -> Tensor:
         adam.advance(ticking, form)
-        adam.update([master], [gradient], [exp_avg], [exp_avg_sq], workings, ticking, form)
-        return master
+        adam.update([parameter], [gradient], ticking, form)
+        return master if working is None else working
 
     def by_reference() -> Tensor:
         ticking.step.add_(1)

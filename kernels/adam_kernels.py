@@ -2,9 +2,11 @@
 
 Arguments:
 
-* masters, exp_avgs, exp_avg_sqs: tuples of pointers to fp32 (or fp64) vectors. grads: the same, in any
-  floating type. workings: the same in 16 bits, to which the rounded masters are written; None where the
-  network computes with the masters.
+* exp_avgs, exp_avg_sqs: tuples of pointers to fp32 (or fp64) vectors. grads: the same, in any floating type.
+* masters: the same, or None where they are split into workings and remainders.
+* workings: tuple of pointers to the weights in 16 bits, to which the rounded masters are written; None where
+  the network computes with the masters.
+* remainders: tuple of pointers to int16 vectors, the low halves of split masters; else None.
 * sizes: tuple of the vectors' lengths.
 * clock: an ``adam.AdamClock`` of pointers to scalars.
 * grad_scale, found_inf: pointers to float32 scalars, or None without a loss scale.
@@ -44,12 +46,38 @@ def _pick(choices, which):
 
 
 @triton.jit
+def join_master(working, remainder):
+    """The fp32 master of a bf16 weight and its int16 remainder: ``reference.join_master``."""
+    high = working.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return (high + remainder.to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split_master(master):
+    """The bf16 weight and the int16 remainder of an fp32 master: ``reference.split_master``."""
+    bits = tl.where(master == master, master.to(tl.int32, bitcast=True), 0x7FC00000)
+    high = (bits + 0x8000) >> 16
+    return high.to(tl.int16).to(tl.bfloat16, bitcast=True), bits.to(tl.int16)
+
+
+@triton.jit
+def adam_step(master, g, m, v, clock, BETA1: tl.constexpr, BETA2: tl.constexpr):
+    """New master, first and second moment of a gradient ``g`` in their type, by the clock's numbers."""
+    alpha = tl.load(clock.alpha).to(master.dtype)
+    eps_hat = tl.load(clock.eps_hat).to(master.dtype)
+    m = m + (g - m) * (1 - BETA1)
+    v = v * BETA2 + g * g * (1 - BETA2)
+    return master - alpha * m / (tl.sqrt(v) + eps_hat), m, v
+
+
+@triton.jit
 def adam_update(
-    masters,
     grads,
     exp_avgs,
     exp_avg_sqs,
+    masters,
     workings,
+    remainders,
     sizes,
     clock,
     grad_scale,
@@ -58,7 +86,7 @@ def adam_update(
     BETA2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Reads and writes masters, exp_avgs and exp_avg_sqs, reads grads and writes workings.
+    """Reads and writes exp_avgs, exp_avg_sqs and the masters in either form, reads grads and writes workings.
 
     Nothing is written where found_inf is not zero.
     """
@@ -70,28 +98,31 @@ def adam_update(
     # 16-byte vectors too, Triton would send all results through shared memory before it stores them.
     position = tl.max_contiguous(block * BLOCK + tl.arange(0, BLOCK), 4)
     inside = position < _pick(sizes, which)
-    master_at = _pick(masters, which) + position
     exp_avg_at = _pick(exp_avgs, which) + position
     exp_avg_sq_at = _pick(exp_avg_sqs, which) + position
 
-    master = tl.load(master_at, mask=inside)
     m = tl.load(exp_avg_at, mask=inside)
     v = tl.load(exp_avg_sq_at, mask=inside)
-    g = tl.load(_pick(grads, which) + position, mask=inside).to(master.dtype)
+    g = tl.load(_pick(grads, which) + position, mask=inside).to(m.dtype)
+    if masters is None:
+        working = tl.load(_pick(workings, which) + position, mask=inside)
+        master = join_master(working, tl.load(_pick(remainders, which) + position, mask=inside))
+    else:
+        master = tl.load(_pick(masters, which) + position, mask=inside)
     if grad_scale is not None:
-        g = g / tl.load(grad_scale).to(master.dtype)
-    alpha = tl.load(clock.alpha).to(master.dtype)
-    eps_hat = tl.load(clock.eps_hat).to(master.dtype)
+        g = g / tl.load(grad_scale).to(m.dtype)
+    master, m, v = adam_step(master, g, m, v, clock, BETA1, BETA2)
 
-    m = m + (g - m) * (1 - BETA1)
-    v = v * BETA2 + g * g * (1 - BETA2)
-    master = master - alpha * m / (tl.sqrt(v) + eps_hat)
-
-    tl.store(master_at, master, mask=inside)
     tl.store(exp_avg_at, m, mask=inside)
     tl.store(exp_avg_sq_at, v, mask=inside)
-    if workings is not None:
-        tl.store(_pick(workings, which) + position, master, mask=inside)
+    if masters is None:
+        working, remainder = split_master(master)
+        tl.store(_pick(workings, which) + position, working, mask=inside)
+        tl.store(_pick(remainders, which) + position, remainder, mask=inside)
+    else:
+        tl.store(_pick(masters, which) + position, master, mask=inside)
+        if workings is not None:
+            tl.store(_pick(workings, which) + position, master, mask=inside)
 
 
 @triton.jit

@@ -462,6 +462,21 @@ def write_loss_row(rows: Tensor, written: Tensor, terms: Sequence[Tensor], lambd
 # ------------------------------------------------------------------------------------------------ Adam
 
 
+def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 master as its bfloat16 rounding and an int16 remainder, from which it can be joined exactly.
+
+    The two add up as integers: the weight's bits, shifted up by 16, plus the remainder are the master's bits.
+    So a tie rounds away from zero, where a conversion rounds to even. Every NaN becomes the same one.
+    """
+    bits = torch.where(master.isnan(), 0x7FC00000, master.view(torch.int32))
+    return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
+
+
+def join_master(working: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 master that ``split_master`` split."""
+    return ((working.view(torch.int16).to(torch.int32) << 16) + remainder).view(torch.float32)
+
+
 def adam_step(
     master: Tensor,
     grad: Tensor,

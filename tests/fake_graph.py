@@ -5,10 +5,16 @@ real arguments and results, and every kernel launch. Replaying runs those again 
 copied to where they were recorded, views and uninitialised allocations left as they are. So Python numbers
 are baked in, addresses are fixed, nothing of the host program runs again, and state that the body created is
 created again in every replay.
+
+What the body forks to a ``SideStream`` may run at any time before it is joined, in order among itself: a
+replay takes a ``delay``, and any of them must give the same bits.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastpix2pix.kernels import launch
 from fastpix2pix.training.graph import capture_segments
+from fastpix2pix.training.streams import SideStream
 
 aten = torch.ops.aten
 UNINITIALISED = {
@@ -52,6 +59,8 @@ class Tape(TorchDispatchMode):
         self.entries: list[Callable[[], None]] = []
         self.names: list[str] = []
         self.addresses: set[int] = set()
+        self.forked: set[int] = set()  # entries of the side stream
+        self.joins: set[int] = set()  # entries before which it is joined
         self._known = {self._storage(tensor) for tensor in static}
         self._kept: list[Any] = []  # nothing recorded may be freed: addresses must not be used again
 
@@ -102,10 +111,45 @@ class Tape(TorchDispatchMode):
             kernel.run()
         self.entries.append(kernel.run)
 
+    @contextmanager
+    def follows_side_streams(self) -> Iterator[None]:
+        """Note what is forked and where it is joined."""
+        fork, join = SideStream.fork, SideStream.join
+
+        def noted_fork(side: SideStream, *args: Any, **kwargs: Any) -> None:
+            first = len(self.entries)
+            fork(side, *args, **kwargs)
+            self.forked.update(range(first, len(self.entries)))
+
+        def noted_join(side: SideStream) -> None:
+            join(side)
+            self.joins.add(len(self.entries))
+
+        with patch.object(SideStream, "fork", noted_fork), patch.object(SideStream, "join", noted_join):
+            yield
+
     @torch.no_grad()
-    def replay(self) -> None:
-        for entry in self.entries:
-            entry()
+    def replay(self, delay: Callable[[int], int] = lambda waiting: waiting) -> None:
+        """delay: how many of the waiting operations of the side stream run now, given their number; all by
+        default, so that everything runs in the order of the recording.
+        """
+        waiting: deque[Callable[[], None]] = deque()
+
+        def run(count: int) -> None:
+            for _ in range(count):
+                waiting.popleft()()
+
+        for index, entry in enumerate(self.entries):
+            if index in self.joins:
+                run(len(waiting))
+            if index in self.forked:
+                waiting.append(entry)
+            else:
+                entry()
+            run(delay(len(waiting)))
+        if waiting and len(self.entries) not in self.joins:
+            raise CaptureRefused("the side stream was not joined")
+        run(len(waiting))
 
 
 class FakeGraphBackend:
@@ -130,11 +174,11 @@ class FakeGraphBackend:
             for earlier in self.tapes[first:]:
                 tape._known |= earlier._known
             self.tapes.append(tape)
-            if self._on_kernels:
-                with tape, launch.observed(tape.on_launch, run=False):
-                    segment()
-            else:
-                with tape:
+            with tape.follows_side_streams(), tape:
+                if self._on_kernels:
+                    with launch.observed(tape.on_launch, run=False):
+                        segment()
+                else:
                     segment()
             return tape.replay
 

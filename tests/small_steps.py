@@ -3,16 +3,21 @@
 The tests that use them know nothing of how networks and steps are made, captured and read: it stands here.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastpix2pix.kernels import deep_conv, gan_loss, norm_act, tanh_l1
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
+from fastpix2pix.training import step as training_step
 from fastpix2pix.training.graph import AsyncHostCopy, CapturedStep
 from fastpix2pix.training.options import StepOptions
 from fastpix2pix.training.precision import WORKING_TYPES
 from fastpix2pix.training.step import TrainStep
+
+if TYPE_CHECKING:
+    import pytest
 
 
 class SmallStep(NamedTuple):
@@ -33,6 +38,7 @@ def small_step(
     batch: int = 1,
     norm: str = "batch",
     device: str | torch.device = "cpu",
+    keep_gradients: bool = False,
 ) -> SmallStep:
     """A ``TrainStep`` of ``preset`` in ``precision``, with networks of ``width`` channels in their first
     layers and ``num_downs`` downsamplings, for ``batch`` images of ``size`` pixels a side.
@@ -40,13 +46,26 @@ def small_step(
     torch.manual_seed(2)
     generator = UNetGenerator(preset, ngf=width, num_downs=num_downs, norm=norm).to(device)
     discriminator = PatchDiscriminator(preset, ndf=width, norm=norm).to(device)
-    step = TrainStep(generator, discriminator, StepOptions(preset=preset, precision=precision))
+    options = StepOptions(preset=preset, precision=precision)
+    step = TrainStep(generator, discriminator, options, keep_gradients=keep_gradients)
     images = torch.rand(2, batch, 3, size, size) * 2 - 1
     source, target = (
         image.to(device, WORKING_TYPES[precision]).contiguous(memory_format=torch.channels_last)
         for image in images
     )
     return SmallStep(step, source, target)
+
+
+def call_small_weights_large(monkeypatch: "pytest.MonkeyPatch") -> None:
+    """Have weights of any size updated within the backward pass, and layers of few pixels called deep."""
+    monkeypatch.setattr(training_step, "LARGE", 1)
+    monkeypatch.setattr(deep_conv, "MIN_WEIGHTS", 1)
+
+
+def launch_updates_alone(monkeypatch: "pytest.MonkeyPatch") -> None:
+    """Have the other ops take their reference, which takes far less time than to interpret their kernels."""
+    for op in (norm_act, gan_loss, tanh_l1):
+        monkeypatch.setattr(op, "use_triton", lambda tensor: False)
 
 
 def captured(step: TrainStep) -> CapturedStep:

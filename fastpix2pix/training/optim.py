@@ -9,12 +9,15 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from fastpix2pix.kernels import adam
-from fastpix2pix.kernels.adam import AdamClock, AdamForm
-from fastpix2pix.kernels.reference import compute_dtype
+from fastpix2pix.kernels import adam, deep_update
+from fastpix2pix.kernels.adam import AdamClock, AdamForm, AdamTensors
+from fastpix2pix.kernels.launch import use_triton
+from fastpix2pix.kernels.reference import compute_dtype, join_master, split_master
 from fastpix2pix.presets import PRESETS
 
 TUTORIAL = PRESETS["tutorial"].update
+
+_KEPT = ("step", "exp_avg", "exp_avg_sq")  # of a parameter's state, as they are in a state_dict
 
 
 class LossScale:
@@ -63,8 +66,10 @@ class MasterAdam(Optimizer):
     """Adam (Kingma & Ba, 2015) whose state is fp32 whatever the type of the parameters.
 
     params: an iterable of dense parameters (or of dictionaries, as for any torch optimizer), all on one
-    device. float32 and float64 parameters are their own masters; for bfloat16 and float16 ones the state
-    holds a float32 ``master``, and the parameter is the working copy that each update rewrites.
+    device. float32 and float64 parameters are their own masters; for float16 ones the state holds a float32
+    ``master``, and the parameter is the working copy that each update rewrites. The master of a bfloat16
+    parameter is the parameter and an int16 ``remainder`` where Triton's kernels update it, exact and two
+    bytes shorter (``reference.split_master``), and a ``master`` as of float16 elsewhere.
     keras_eps: where ``eps`` is added; see ``reference.adam_step`` for both forms. The defaults are those of
     the TensorFlow tutorial (Keras); torch's are ``eps=1e-8, keras_eps=False``.
     loss_scale: for fp16, the ``LossScale`` that multiplied the loss.
@@ -97,7 +102,7 @@ class MasterAdam(Optimizer):
         self._group_of: dict[Parameter, int] = {}
         self._found_inf: Tensor | None = None
         self.updates = 0
-        """Calls of ``step_parameters``: whether a step that failed had moved a weight."""
+        """Calls that updated parameters: whether a step that failed had moved a weight."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "keras_eps": keras_eps})
 
     # ------------------------------------------------------------------------------------------- state
@@ -119,7 +124,9 @@ class MasterAdam(Optimizer):
             state["step"] = clock.step
             state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
-            if p.dtype != dtype:
+            if p.dtype == torch.bfloat16 and use_triton(p):
+                state["remainder"] = torch.zeros_like(p, dtype=torch.int16)
+            elif p.dtype != dtype:
                 state["master"] = p.detach().to(dtype)
         self._clocks.append(clock)
         self._uploaded_lr.append(None)
@@ -139,18 +146,32 @@ class MasterAdam(Optimizer):
         return own if self._found_inf is None else [*own, self._found_inf]
 
     def _master(self, p: Parameter) -> Tensor:
-        return self.state[p].get("master", p.detach())
+        state = self.state[p]
+        if "remainder" in state:
+            return join_master(p.detach(), state["remainder"])
+        return state.get("master", p.detach())
+
+    def _set_master(self, p: Parameter, value: Tensor) -> None:
+        """Copy ``value`` to the master of ``p``, and rounded to ``p``."""
+        state = self.state[p]
+        if "remainder" in state:
+            working, remainder = split_master(value.to(p.device, torch.float32))
+            state["remainder"].copy_(remainder)
+            p.copy_(working)
+            return
+        if "master" in state:
+            state["master"].copy_(value)
+        p.copy_(state.get("master", value))
 
     def masters(self) -> list[Tensor]:
-        """The float32 (or float64) weights, in the order of ``parameters``."""
+        """The float32 (or float64) weights, in the order of ``parameters``: copies where they are split."""
         return [self._master(p) for p in self._group_of]
 
     @torch.no_grad()
     def set_masters(self, values: Iterable[Tensor]) -> None:
         """Copy ``values``, in the order of ``parameters``, to the masters, and rounded to the parameters."""
         for p, value in zip(self._group_of, values, strict=True):
-            self._master(p).copy_(value)
-            p.copy_(self._master(p))
+            self._set_master(p, value)
 
     @torch.no_grad()
     def adopt_parameters(self) -> None:
@@ -160,6 +181,8 @@ class MasterAdam(Optimizer):
         back.
         """
         for p, state in self.state.items():
+            if "remainder" in state:
+                state["remainder"].zero_()
             if "master" in state:
                 state["master"].copy_(p)
 
@@ -167,11 +190,12 @@ class MasterAdam(Optimizer):
         """As any torch optimizer's; each parameter's state has ``step``, ``exp_avg``, ``exp_avg_sq`` and
         ``master``, the last three in float32 (float64 for float64), whatever the type of the parameters.
 
-        The tensors are those of the optimizer, not copies.
+        The tensors are those of the optimizer, not copies, but for masters that are split.
         """
         packed = super().state_dict()
         for index, p in enumerate(self._group_of):
-            packed["state"][index]["master"] = self._master(p)
+            kept = {name: self.state[p][name] for name in _KEPT}
+            packed["state"][index] = {**kept, "master": self._master(p)}
         return packed
 
     @torch.no_grad()
@@ -188,7 +212,7 @@ class MasterAdam(Optimizer):
             raise ValueError("the state's parameter groups are not those of this optimizer")
         indices = [index for group in groups for index in group["params"]]
         for index, p in zip(indices, self._group_of, strict=True):
-            missing = {"step", "exp_avg", "exp_avg_sq", "master"} - states[index].keys()
+            missing = {*_KEPT, "master"} - states[index].keys()
             if missing:
                 raise ValueError(f"the state's parameter {index} has no {', '.join(sorted(missing))}")
             if states[index]["master"].shape != p.shape:
@@ -197,9 +221,9 @@ class MasterAdam(Optimizer):
                     f"this optimizer's is {tuple(p.shape)}"
                 )
         for index, p in zip(indices, self._group_of, strict=True):
-            for name, tensor in {**self.state[p], "master": self._master(p)}.items():
-                tensor.copy_(states[index][name])
-            p.copy_(self._master(p))
+            for name in _KEPT:
+                self.state[p][name].copy_(states[index][name])
+            self._set_master(p, states[index]["master"])
         for group, loaded in zip(self.param_groups, groups, strict=True):
             group.update({name: deepcopy(value) for name, value in loaded.items() if name != "params"})
         self.upload_lr()
@@ -228,7 +252,7 @@ class MasterAdam(Optimizer):
     def _look_for_non_finite(self) -> None:
         self._found_inf.zero_()
         for some in self._by_kind(p for p in self._group_of if p.grad is not None).values():
-            adam.mark_non_finite([_flat_grad(p) for p in some], self._found_inf)
+            adam.mark_non_finite([_flat_grad(p, p.grad) for p in some], self._found_inf)
         seen = self.loss_scale.found_inf
         torch.maximum(seen, self._found_inf, out=seen)
 
@@ -242,20 +266,44 @@ class MasterAdam(Optimizer):
     @torch.no_grad()
     def step_parameters(self, parameters: Iterable[Parameter]) -> None:
         """Update ``parameters`` from their gradients, within the step that ``begin_step`` began."""
-        self.updates += 1
         for (index, _), some in self._by_kind(parameters).items():
-            states = [self.state[p] for p in some]
-            adam.update(
-                [_flat(self._master(p)) for p in some],
-                [_flat_grad(p) for p in some],
-                [_flat(state["exp_avg"]) for state in states],
-                [_flat(state["exp_avg_sq"]) for state in states],
-                [_flat(p.detach()) for p in some] if "master" in states[0] else None,
-                self._clocks[index],
-                _form(self.param_groups[index]),
-                None if self.loss_scale is None else self.loss_scale.scale,
-                self._found_inf,
-            )
+            self._update(index, some, [p.grad for p in some])
+
+    @torch.no_grad()
+    def step_parameter(self, p: Parameter, grad: Tensor) -> None:
+        """Update ``p`` from ``grad``, within the step that ``begin_step`` began."""
+        self._update(self._group_of[p], [p], [grad])
+
+    @torch.no_grad()
+    def step_deep_weight(self, p: Parameter, small: Tensor, big: Tensor) -> None:
+        """Update a deep layer's weight from the two images of which its gradient is a product, likewise.
+
+        No loss scale. See ``kernels.deep_update``.
+        """
+        self.updates += 1
+        index = self._group_of[p]
+        deep_update.update(small, big, self._tensors(p), self._clocks[index], _form(self.param_groups[index]))
+
+    def _update(self, group: int, parameters: list[Parameter], grads: list[Tensor]) -> None:
+        self.updates += 1
+        adam.update(
+            [self._tensors(p) for p in parameters],
+            [_flat_grad(p, grad) for p, grad in zip(parameters, grads, strict=True)],
+            self._clocks[group],
+            _form(self.param_groups[group]),
+            None if self.loss_scale is None else self.loss_scale.scale,
+            self._found_inf,
+        )
+
+    def _tensors(self, p: Parameter) -> AdamTensors:
+        """What an update of ``p`` reads and writes beside its gradient."""
+        state, weight = self.state[p], _flat(p.detach())
+        moments = _flat(state["exp_avg"]), _flat(state["exp_avg_sq"])
+        if "remainder" in state:
+            return AdamTensors(*moments, None, weight, _flat(state["remainder"]))
+        if "master" in state:
+            return AdamTensors(*moments, _flat(state["master"]), weight)
+        return AdamTensors(*moments, weight)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -284,9 +332,8 @@ def _flat(dense: Tensor) -> Tensor:
     return dense.as_strided((dense.numel(),), (1,))
 
 
-def _flat_grad(p: Parameter) -> Tensor:
-    """The elements of ``p.grad`` in the order in which those of ``p`` lie in memory."""
-    grad = p.grad
+def _flat_grad(p: Parameter, grad: Tensor) -> Tensor:
+    """The elements of ``grad`` in the order in which those of ``p`` lie in memory."""
     if not _same_layout(grad, p):
         grad = torch.empty_like(p, dtype=grad.dtype).copy_(grad)
     return _flat(grad)

@@ -31,9 +31,8 @@ class Undo:
         large = {step.ring.rows.data_ptr()}
         for optimizer in self._optimizers:
             for p in optimizer.parameters():
-                state = optimizer.state[p]
-                moments = (state["exp_avg"], state["exp_avg_sq"], state.get("master", p))
-                large |= {tensor.data_ptr() for tensor in (p, *moments)}
+                own = [tensor for name, tensor in optimizer.state[p].items() if name != "step"]
+                large |= {tensor.data_ptr() for tensor in (p, *own)}
         self._live = [tensor for tensor in step.state() if tensor.data_ptr() not in large]
         self._kept = [tensor.clone() for tensor in self._live]
         self._updates = self._count()

@@ -8,10 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastpix2pix.kernels import deep_update
 from fastpix2pix.kernels.adam import LARGE
 from fastpix2pix.kernels.loss_row import LossTerms
 from fastpix2pix.kernels.reference import GanLoss, compute_dtype
-from fastpix2pix.models.blocks import set_working_type
+from fastpix2pix.models.blocks import Block, set_working_type
 from fastpix2pix.training.distributed import Exchange
 from fastpix2pix.training.losses import Losses, LossRing
 from fastpix2pix.training.objective import Objective, set_module_working_type
@@ -20,6 +21,7 @@ from fastpix2pix.training.options import StepOptions
 from fastpix2pix.training.players import Backward, Drawn, FusedPlayers, players_for
 from fastpix2pix.training.precision import WORKING_TYPES
 from fastpix2pix.training.sharded import ShardedAdam, exchanged_updates
+from fastpix2pix.training.streams import SideStream
 
 Between = Callable[[], None]
 """What the host does between two segments of a step: an exchange with the other ranks."""
@@ -40,9 +42,10 @@ class TrainStep:
 
     ``generator`` and ``discriminator`` may be any modules: the first maps the source to an image, the
     second source and image to logits; how it is called, and which losses there are, ``objective`` says. A
-    large weight is updated as soon as its gradient is there, while that is still in the cache. Our own two
-    run fused, too: the generated image is written where the discriminator reads it, and real and fake go
-    through it as one batch.
+    large weight is updated as soon as its gradient is there, beside the backward pass of the layers before
+    it. Our own two run fused, too: the generated image is written where the discriminator reads it, real and
+    fake go through it as one batch, and on a GPU the gradients of the generator's deep layers are never
+    stored (``kernels.deep_update``).
 
     ``options.precision`` bf16 or fp16 converts the networks, their normalisations excepted; the optimizers
     keep the float32 weights they came with as masters. Weights in float16 get a dynamic ``loss_scale``.
@@ -50,6 +53,11 @@ class TrainStep:
     ``exchange``: of several ranks, which make the same calls, each on its own images. Gradients are the mean
     over all ranks, and so are the losses; batch statistics are each rank's own, and so is dropout. Weights
     are rank 0's to begin with, and stay equal bit for bit.
+
+    ``keep_gradients`` leaves all gradients of a step that runs eagerly in ``p.grad`` until the next one, and
+    updates the weights at its end, from those; ValueError with an ``exchange``, which sends them away. A
+    weight with hooks of others on it is updated at the end in any case: they see its gradient, and may change
+    it.
     """
 
     def __init__(
@@ -60,7 +68,10 @@ class TrainStep:
         exchange: Exchange | None = None,
         *,
         objective: Objective | None = None,
+        keep_gradients: bool = False,
     ):
+        if keep_gradients and exchange is not None:
+            raise ValueError("keep_gradients is for one process: an exchange sends gradients away")
         options = StepOptions() if options is None else options
         self.generator, self.discriminator, self.options = generator, discriminator, options
         self.rule = options.rules.update if objective is None or objective.rule is None else objective.rule
@@ -96,12 +107,21 @@ class TrainStep:
         self.steps_taken = 0
         self.fake: Tensor | None = None
         self._exchanged = torch.zeros(len(LossTerms._fields), device=weight.device)
+        self.side = SideStream(weight.device)
+        self._keep_gradients = keep_gradients
         self._updating_early = False
         if fused and exchange is not None:
             self.set_dropout_rng(cast(Tensor, generator.rng))
-        elif exchange is None and self.loss_scale is None:
+        elif self._may_update_early:
             for optimizer in (self.gen_optimizer, self.disc_optimizer):
-                self._update_large_weights_early(optimizer)
+                for parameter in optimizer.parameters():
+                    if parameter.numel() >= LARGE:
+                        hook = _EarlyUpdate(self, optimizer, parameter)
+                        parameter.register_post_accumulate_grad_hook(hook)
+            # Of our own generator alone: a weight that is used twice in a step has two gradients to add up.
+            for block in generator.modules() if fused else ():
+                if isinstance(block, Block):
+                    block.take_gradient = _EarlyUpdate(self, self.gen_optimizer, block.conv.weight).take
 
     def __call__(self, source: Tensor, target: Tensor) -> Losses:
         self.upload_lr()
@@ -183,6 +203,7 @@ class TrainStep:
         """Drop what a body that did not get to its end left behind."""
         self.gen_optimizer.zero_grad(set_to_none=True)
         self.disc_optimizer.zero_grad(set_to_none=True)
+        self.side.abandon()
 
     # ----------------------------------------------------------------------------------- update rules
 
@@ -258,6 +279,11 @@ class TrainStep:
 
     # ----------------------------------------------------------------------------------------- updates
 
+    @property
+    def _may_update_early(self) -> bool:
+        """With a loss scale no weight may move before all gradients are known to be finite."""
+        return self.exchange is None and self.loss_scale is None and not self._keep_gradients
+
     def _update(self, *paths: Backward) -> Iterator[Between]:
         """Send the gradients back, and update the weights of the optimizers that they are for."""
         optimizers = list(dict.fromkeys(path.optimizer for path in paths))
@@ -268,10 +294,11 @@ class TrainStep:
                 one.pack()
             yield from exchanged_updates(sharded)
             return
-        # With a loss scale no weight may move before all gradients are known to be finite.
-        early = self.loss_scale is None
-        if early:
-            for optimizer in optimizers:
+        early = self._may_update_early
+        for optimizer in optimizers:
+            if self._keep_gradients:
+                optimizer.zero_grad(set_to_none=True)  # those of the step before
+            if early:
                 optimizer.begin_step()
         self._updating_early = early
         try:
@@ -282,22 +309,54 @@ class TrainStep:
             if not early:
                 optimizer.begin_step()
             optimizer.step_parameters([p for p in optimizer.parameters() if p.grad is not None])
-            optimizer.zero_grad(set_to_none=True)
+            if not self._keep_gradients:
+                optimizer.zero_grad(set_to_none=True)
+        self.side.join()
 
-    def _update_large_weights_early(self, optimizer: MasterAdam) -> None:
-        """Update a large weight when its gradient arrives in a backward pass of this step.
 
-        Nothing reads the weight after that: the backward pass of its layer, which made the gradient, was
-        the last to need it. The hook refers weakly: autograd would keep a step that its own weights hold.
-        """
-        this, weak_optimizer = weakref.ref(self), weakref.ref(optimizer)
+class _EarlyUpdate:
+    """Updates a large weight within the backward pass of a step, on its side stream.
 
-        def update(parameter: nn.Parameter) -> None:
-            step = this()
-            if step is not None and step._updating_early:
-                weak_optimizer().step_parameters([parameter])
-                parameter.grad = None
+    Called by autograd when the gradient is there: nothing reads the weight after that, as the backward pass
+    of its layer, which made the gradient, was the last to need it. ``take`` is called by a deep layer in
+    place of making the gradient, also when all else is done (``deep_conv.TakeGradient``).
 
-        for parameter in optimizer.parameters():
-            if parameter.numel() >= LARGE:
-                parameter.register_post_accumulate_grad_hook(update)
+    It refers weakly: autograd and the networks would keep a step that holds them. In a network's copy, or
+    pickled with it, it belongs to no step.
+    """
+
+    def __init__(self, *of: Any):
+        """of: the step, its optimizer and the weight; or nothing."""
+        self._of = [weakref.ref(each) for each in of]
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _EarlyUpdate, ()
+
+    def __call__(self, weight: nn.Parameter) -> None:
+        # Autograd calls for a gradient that was taken too, when there is none.
+        if weight.grad is not None and (now := self._at_work()) is not None:
+            side, optimizer, _ = now
+            gradient, weight.grad = weight.grad, None
+            side.fork(partial(optimizer.step_parameter, weight, gradient), uses=[gradient])
+
+    def take(self, small: Tensor, big: Tensor) -> bool:
+        now = self._at_work()
+        if now is None:
+            return False
+        side, optimizer, weight = now
+        if weight.grad is not None or not deep_update.serves(small, big, weight):
+            return False
+        side.fork(partial(optimizer.step_deep_weight, weight, small, big), uses=[small, big])
+        return True
+
+    def _at_work(self) -> tuple[SideStream, MasterAdam, nn.Parameter] | None:
+        """Where and with what, while the step updates early and nobody else wants this weight's gradient."""
+        if not self._of:
+            return None
+        step, optimizer, weight = (reference() for reference in self._of)
+        if step is None or not step._updating_early or weight._backward_hooks:
+            return None
+        hooks = (weight._post_accumulate_grad_hooks or {}).values()
+        if not all(isinstance(hook, _EarlyUpdate) for hook in hooks):
+            return None
+        return step.side, optimizer, weight

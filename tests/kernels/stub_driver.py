@@ -325,6 +325,11 @@ def each_kernel_once(precision: str) -> Callable[[], object]:
     return _again({this.name: this for this in reversed(_launches(precision))}.values())
 
 
+def one_kernel(name: str, precision: str) -> Callable[[], object]:
+    """Every different launch of one kernel."""
+    return _again([this for this in _launches(precision) if this.name == name])
+
+
 def every_layer(precision: str) -> Callable[[], object]:
     """Every kernel as every layer of both presets launches it at 256x256."""
     return _again(_launches(precision))
@@ -339,7 +344,7 @@ def train_step(preset: str, precision: str, *numbers: str) -> Callable[[], objec
     return partial(small.step, small.source, small.target)
 
 
-JOBS = {"each_kernel_once": each_kernel_once, "every_layer": every_layer, "train_step": train_step}
+JOBS = {job.__name__: job for job in (each_kernel_once, one_kernel, every_layer, train_step)}
 
 
 def another_grid(this: Any) -> Any:

@@ -1,5 +1,7 @@
 """The update of kernels/adam.py, by Triton and by PyTorch's fused Adam, against the fp64 reference."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from rounding import RTOL, assert_stored
 
 from fastpix2pix.kernels import adam, launch, reference
-from fastpix2pix.kernels.adam import BLOCK, AdamClock, AdamForm
+from fastpix2pix.kernels.adam import BLOCK, AdamClock, AdamForm, AdamTensors
 
 KERAS, TORCH = AdamForm(0.5, 0.999, 1e-7, True), AdamForm(0.9, 0.99, 1e-8, False)
 
@@ -23,27 +25,47 @@ def device(request: pytest.FixtureRequest) -> str:
 class Tensors:
     """The tensors of one update, and fp64 copies that the reference updates."""
 
-    def __init__(self, sizes, dtype, working_dtype, device, seed=0):
+    def __init__(self, sizes, dtype, working_dtype, device, seed=0, split=False):
         self.generator = torch.Generator().manual_seed(seed)
         self.device, self.grad_dtype = device, working_dtype or dtype
-        self.masters = [self._random(n, dtype) for n in sizes]
-        self.exp_avgs = [torch.zeros_like(master) for master in self.masters]
-        self.exp_avg_sqs = [torch.zeros_like(master) for master in self.masters]
-        self.workings = working_dtype and [master.to(working_dtype) for master in self.masters]
-        self.exact = [[t.double() for t in some] for some in (self.masters, self.exp_avgs, self.exp_avg_sqs)]
+        masters = [self._random(n, dtype) for n in sizes]
+        self.exp_avgs = [torch.zeros_like(master) for master in masters]
+        self.exp_avg_sqs = [torch.zeros_like(master) for master in masters]
+        moments = list(zip(self.exp_avgs, self.exp_avg_sqs, strict=True))
+        if split:
+            halves = [(None, *reference.split_master(master)) for master in masters]
+        elif working_dtype:
+            halves = [(master.clone(), master.to(working_dtype)) for master in masters]
+        else:
+            halves = [(master.clone(),) for master in masters]
+        self.parameters = [AdamTensors(*both, *half) for both, half in zip(moments, halves, strict=True)]
+        self.exact = [
+            [t.to(torch.float64, copy=True) for t in some]
+            for some in (masters, self.exp_avgs, self.exp_avg_sqs)
+        ]
         self.clock = AdamClock.create(torch.device(device))
 
     def _random(self, n, dtype):
         return torch.randn(n, generator=self.generator, dtype=torch.float64).to(self.device, dtype)
 
+    @property
+    def masters(self):
+        return [
+            p.master if p.remainder is None else reference.join_master(p.working, p.remainder)
+            for p in self.parameters
+        ]
+
+    @property
+    def everything(self):
+        return [tensor for p in self.parameters for tensor in p.writes]
+
     def step(self, form, lr, magnitude=1.0, grad_scale=None, found_inf=None):
-        grads = [self._random(len(m), self.grad_dtype) * magnitude for m in self.masters]
+        grads = [self._random(len(m), self.grad_dtype) * magnitude for m in self.exact[0]]
         self.clock.lr.fill_(lr)
         adam.advance(self.clock, form, found_inf)
-        state = self.exp_avgs, self.exp_avg_sqs, self.workings
         # The kernel leaves the gradients alone, the CPU's path may not.
         mine = [grad.clone() for grad in grads]
-        adam.update(self.masters, mine, *state, self.clock, form, grad_scale, found_inf)
+        adam.update(self.parameters, mine, self.clock, form, grad_scale, found_inf)
         for master, grad, exp_avg, exp_avg_sq in zip(self.exact[0], grads, *self.exact[1:], strict=True):
             reference.adam_step(
                 master,
@@ -63,28 +85,29 @@ class Tensors:
             for a, e in zip(actual, exact, strict=True):
                 # A value may have come close to 0 from afar: its error is relative to that.
                 assert_stored(a, e, slack=RTOL[a.dtype] * 0.1 * e.abs().max().item())
-        if self.workings:
-            for working, master in zip(self.workings, self.masters, strict=True):
-                assert_stored(working, master.double())
+        for p in self.parameters:
+            if p.master is not None and p.working is not None:
+                assert_stored(p.working, p.master.double())
 
 
-DTYPES = [
-    (torch.float32, None),
-    (torch.float64, None),
-    (torch.float32, torch.float16),
-    (torch.float32, torch.bfloat16),
-]
+DTYPES = {
+    "float32": (torch.float32, None, False),
+    "float64": (torch.float64, None, False),
+    "float16": (torch.float32, torch.float16, False),
+    "bfloat16": (torch.float32, torch.bfloat16, False),
+    "split bfloat16": (torch.float32, torch.bfloat16, True),
+}
 
 
-@pytest.mark.parametrize("dtype, working_dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype, working_dtype, split", DTYPES.values(), ids=list(DTYPES))
 @pytest.mark.parametrize("form", [KERAS, TORCH], ids=["keras", "torch"])
 def test_equals_the_reference_over_steps_with_a_changing_rate(
-    device, form, dtype, working_dtype, monkeypatch
+    device, form, dtype, working_dtype, split, monkeypatch
 ):
     monkeypatch.setattr(adam, "LARGE", 2 * BLOCK)  # so that the last tensor has a launch of its own
     monkeypatch.setattr(adam, "MAX_TENSORS", 4)  # and the others two
     monkeypatch.setattr(adam, "CPU_CHUNK", 700)
-    tensors = Tensors(SIZES, dtype, working_dtype, device)
+    tensors = Tensors(SIZES, dtype, working_dtype, device, split=split)
     for lr in (1e-2, 1e-2, 3e-3, 1e-3):
         tensors.step(form, lr)
     tensors.check()
@@ -131,31 +154,36 @@ def test_gradients_are_divided_by_the_loss_scale(device, working_dtype):
     assert tensors.exact[2][0].mean() < 1.0  # unscaled, the second moment would be a million times this
 
 
-@pytest.mark.parametrize("working_dtype", [None, torch.float16], ids=["fp32", "fp16"])
-def test_an_overflow_leaves_everything_as_it_was(device, working_dtype):
-    tensors = Tensors((40, BLOCK + 3), torch.float32, working_dtype, device)
+@pytest.mark.parametrize("kind", ["float32", "float16", "split bfloat16"])
+def test_an_overflow_leaves_everything_as_it_was(device, kind):
+    dtype, working_dtype, split = DTYPES[kind]
+    tensors = Tensors((40, BLOCK + 3), dtype, working_dtype, device, split=split)
     scale = torch.ones((), device=device)
     tensors.step(KERAS, 1e-2)
-    mine = [*tensors.masters, *tensors.exp_avgs, *tensors.exp_avg_sqs, *(tensors.workings or [])]
+    mine, masters = tensors.everything, [t.clone() for t in tensors.masters]
     before = [t.clone() for t in mine]
     tensors.step(KERAS, 1e-2, grad_scale=scale, found_inf=torch.ones((), device=device))
     assert all(torch.equal(a, b) for a, b in zip(mine, before, strict=True))
     assert tensors.clock.step.item() == 1
     tensors.step(KERAS, 1e-2, grad_scale=scale, found_inf=torch.zeros((), device=device))
     assert not any(torch.equal(a, b) for a, b in zip(mine, before, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(tensors.masters, masters, strict=True))
     tensors.check()
 
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.lists(st.integers(1, 3 * BLOCK), min_size=1, max_size=9), st.sampled_from(DTYPES), st.integers(0, 99)
+    st.lists(st.integers(1, 3 * BLOCK), min_size=1, max_size=9),
+    st.sampled_from(list(DTYPES.values())),
+    st.integers(0, 99),
 )
-def test_any_sizes_in_one_call(sizes, dtypes, seed):
+def test_any_sizes_in_one_call(sizes, kind, seed):
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
             patch.setattr(launch, "kernels_on_cpu", launch.INTERPRETING)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        tensors = Tensors(sizes, *dtypes, device, seed)
+        dtype, working_dtype, split = kind
+        tensors = Tensors(sizes, dtype, working_dtype, device, seed, split)
         for _ in range(2):
             tensors.step(KERAS, 1e-2)
         tensors.check()
@@ -182,16 +210,115 @@ def test_finds_every_value_that_is_not_finite(device, dtype):
             assert found_inf.item() == 1, "what one network found must not be taken back"
 
 
-def test_small_tensors_share_launches_and_large_ones_do_not(triton_device, monkeypatch):
+@pytest.mark.parametrize("split, per_element", [(False, 28), (True, 26)])
+def test_small_tensors_share_launches_and_large_ones_do_not(triton_device, monkeypatch, split, per_element):
     monkeypatch.setattr(adam, "LARGE", 5000)
-    tensors = Tensors((5, 6000, 16, 5000, 7, 48), torch.float32, torch.bfloat16, triton_device)
+    sizes = (5, 6000, 16, 5000, 7, 48)
+    tensors = Tensors(sizes, torch.float32, torch.bfloat16, triton_device, split=split)
     seen = []
     with launch.observed(seen.append):
         tensors.step(KERAS, 1e-2)
     tensors.check()
     assert [(seen.name, len(seen.writes)) for seen in seen[1:]] == [("adam_update", n) for n in (4, 4, 8, 8)]
     # Apart by whether vectors of 16 bytes fill them; alpha and eps_hat are read too.
-    assert [seen.bytes_moved for seen in seen[1:]] == [(14 + 14) * n + 16 for n in (6000, 5000, 64, 12)]
+    moved = [seen.bytes_moved for seen in seen[1:]]
+    assert moved == [per_element * n + 16 for n in (6000, 5000, 64, 12)]
+
+
+# -------------------------------------------------------------------------------------------- split masters
+
+
+def master_bits() -> torch.Tensor:
+    """int32 bits of masters: every upper half with selected lower halves, and a million at random."""
+    high = torch.arange(-(2**15), 2**15, dtype=torch.int32)[:, None] << 16
+    low = torch.tensor([0, 1, 2, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0xFFFE, 0xFFFF], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    randoms = torch.randint(-(2**31), 2**31, (10**6,), generator=generator).to(torch.int32)
+    return torch.cat(((high | low).flatten(), randoms))
+
+
+def rounded_half_away(master: torch.Tensor) -> torch.Tensor:
+    """To bfloat16, ties away from zero, by numpy's and torch's own arithmetic rather than by bits."""
+    down = (master.view(torch.int32) & -(2**16)).view(torch.float32)  # towards zero
+    step = (down.view(torch.int32) + 2**16).view(torch.float32)  # the next one away from zero
+    middle = (down.double() + step.double().clamp(-(2.0**128), 2.0**128)) / 2
+    return torch.where(master.double().abs() >= middle.abs(), step, down).to(torch.bfloat16)
+
+
+def test_a_master_is_split_and_joined_exactly():
+    master = master_bits().view(torch.float32)
+    working, remainder = reference.split_master(master)
+    assert (working.dtype, remainder.dtype) == (torch.bfloat16, torch.int16)
+    joined, number = reference.join_master(working, remainder), ~master.isnan()
+    assert torch.equal(joined[number].view(torch.int32), master[number].view(torch.int32))
+    assert joined[~number].isnan().all() and working[~number].isnan().all()
+    # The weight is the master's bfloat16 value, a conversion's in all cases but ties.
+    finite = master.isfinite()
+    exact = rounded_half_away(master[finite])
+    assert torch.equal(working[finite].view(torch.int16), exact.view(torch.int16))
+    assert torch.equal(working[master.isinf()], master[master.isinf()].to(torch.bfloat16))
+    ties = (master.view(torch.int32) & 0xFFFF) == 0x8000
+    assert torch.equal(working[number & ~ties], master[number & ~ties].to(torch.bfloat16))
+    assert 0 < (working[ties & finite] != master[ties & finite].to(torch.bfloat16)).sum() <= 2**15
+
+
+def test_the_kernel_splits_and_joins_every_master_as_the_reference_does(triton_device):
+    """A step at rate 0 joins each master, adds nothing and splits it."""
+    master = master_bits()[:-900_000].view(torch.float32)
+    working, remainder = reference.split_master(master)
+    before = [half.to(triton_device, copy=True) for half in (working, remainder)]
+    moments = torch.zeros(2, len(master), device=triton_device)
+    parameter = AdamTensors(*moments, None, *before)
+    clock = AdamClock.create(torch.device(triton_device))
+    adam.advance(clock, TORCH)
+    adam.update([parameter], [torch.zeros_like(before[0])], clock, TORCH)
+    for half, expected in zip(before, (working, remainder), strict=True):
+        assert torch.equal(half.cpu().view(torch.int16), expected.view(torch.int16))
+
+
+def test_the_nan_of_a_gpu_stays_one(triton_device):
+    """Its bits, 0x7fffffff, would be rounded up to those of -0."""
+    working = torch.tensor([-(2**15)], dtype=torch.int16, device=triton_device).view(torch.bfloat16)
+    parameter = AdamTensors(
+        *torch.zeros(2, 1, device=triton_device),
+        None,
+        working,
+        torch.full_like(working, -1, dtype=torch.int16),
+    )
+    assert reference.join_master(*parameter[3:]).view(torch.int32).item() == 0x7FFFFFFF
+    clock = AdamClock.create(torch.device(triton_device))
+    adam.advance(clock, TORCH)
+    adam.update([parameter], [torch.zeros_like(working)], clock, TORCH)
+    assert working.isnan().all()
+
+
+@pytest.mark.parametrize("device", ["triton", "reference"])
+def test_split_masters_go_the_way_of_separate_ones_bit_for_bit(device, request):
+    """Fifty steps with the same gradients. The working weights differ in ties alone."""
+    device = request.getfixturevalue("triton_device") if device == "triton" else "cpu"
+    ways = [
+        Tensors((6 * BLOCK,), torch.float32, torch.bfloat16, device, split=split) for split in (True, False)
+    ]
+    if device == "cpu" and not launch.kernels_on_cpu:  # the CPU's own path rounds otherwise
+        plain = partial(adam.update_by_reference, grad_scale=None, found_inf=None)
+    else:
+        plain = adam.update
+    ties = 0
+    for _ in range(50):
+        for way in ways:
+            grads = [way._random(6 * BLOCK, torch.bfloat16)]
+            way.clock.lr.fill_(2e-4)
+            adam.advance(way.clock, KERAS)
+            plain(way.parameters, grads, way.clock, KERAS)
+        split, whole = (way.parameters[0] for way in ways)
+        (master,) = ways[0].masters
+        assert torch.equal(master.view(torch.int32), whole.master.view(torch.int32))
+        nearest = whole.master.to(torch.bfloat16)  # the interpreter cuts off what it stores in bfloat16
+        differ = split.working != nearest
+        assert ((master.view(torch.int32)[differ] & 0xFFFF) == 0x8000).all()
+        ties += int(differ.sum())
+    print(f"{ties} ties in {50 * 6 * BLOCK} roundings")
+    assert ties < 50 * 6 * BLOCK / 2**15  # one in 2**17 is expected
 
 
 def test_the_search_for_non_finite_gradients_declares_what_it_writes(triton_device):

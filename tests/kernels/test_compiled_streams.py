@@ -63,7 +63,7 @@ def check(rows: list[dict]) -> None:
 
 def test_streams_move_in_full_vectors(tmp_path):
     rows = compiled(
-        tmp_path / "rows.json", "--arch", "70", "100", "--dtype", "fp16", "fp32", "--layer", *LAYERS
+        tmp_path / "rows.json", "--arch", "70", "100", "--dtype", "bf16", "fp16", "fp32", "--layer", *LAYERS
     )
     check(rows)
     assert all(any(layer in f"{row['kernel']} {row['label']}" for row in rows) for layer in LAYERS)

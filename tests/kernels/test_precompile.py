@@ -34,7 +34,7 @@ def ops(device):
     form = adam.AdamForm(0.5, 0.999, 1e-7, True)
     adam.advance(clock, form)
     for vector in vectors(device):
-        adam.update([vector], [vector], [vector], [vector], None, clock, form)
+        adam.update([adam.AdamTensors(vector, vector, vector)], [vector], clock, form)
     # Every argument that may be None or 1 is, once.
     pairs = torch.zeros(1, 4, 6, 32, dtype=torch.float16, device=device).permute(0, 3, 1, 2)
     weight, rng = torch.ones(16, device=device), torch.zeros(2, dtype=torch.int64, device=device)

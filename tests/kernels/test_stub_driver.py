@@ -66,6 +66,7 @@ def run(library: Path, kernel_cache: Path):
 
 
 EACH_KERNEL, STEP = "each_kernel_once fp16", "train_step tutorial bf16"
+FUSED = "one_kernel deep_update bf16"  # with a loss scale, as in fp16, there is none
 FAULTS = {
     "another_grid": "grid is",
     "another_block": "block is",
@@ -75,7 +76,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def results(run) -> dict[str, dict]:
-    return run(EACH_KERNEL, STEP, *(f"{EACH_KERNEL} {fault}" for fault in FAULTS))
+    return run(EACH_KERNEL, STEP, FUSED, *(f"{EACH_KERNEL} {fault}" for fault in FAULTS))
 
 
 def check(job: str, result: dict, *, launches: int) -> None:
@@ -94,6 +95,11 @@ def test_every_kernel_arrives_at_the_driver_as_it_was_asked_for(results):
 
 def test_a_train_step_arrives_at_the_driver_as_it_was_asked_for(results):
     check(STEP, results[STEP], launches=35)
+
+
+def test_fused_updates_arrive_at_the_driver_as_they_were_asked_for(results):
+    check(FUSED, results[FUSED], launches=5)
+    assert results[FUSED]["kernels"].keys() == {"deep_update"}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

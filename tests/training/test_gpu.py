@@ -15,6 +15,7 @@ import torch
 from fastpix2pix.data import LoaderOptions, open_loader
 from fastpix2pix.device import choose_device
 from fastpix2pix.doctor import CHECKS
+from fastpix2pix.kernels import launch
 from fastpix2pix.models import NetworkOptions, build_networks
 from fastpix2pix.train import main
 from fastpix2pix.training.distributed import Unconnected
@@ -24,6 +25,7 @@ from fastpix2pix.training.precision import WORKING_TYPES, choose_precision, set_
 from fastpix2pix.training.prepare import prepare_step
 from fastpix2pix.training.selfcheck import TOLERANCE, Networks, compare_with_reference, random_pairs
 from fastpix2pix.training.step import TrainStep
+from fastpix2pix.training.streams import SideStream
 
 pytestmark = pytest.mark.gpu
 PRECISIONS = ["bf16", "fp16", "tf32", "fp32"]
@@ -105,6 +107,57 @@ def test_twenty_replays_equal_twenty_eager_steps(device, exact_convolutions, pre
         else:
             torch.testing.assert_close(losses, expected, rtol=TOLERANCE[precision], atol=1e-3)
     assert captured.run.failure is None
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("preset", ["tutorial", "junyanz"])
+def test_the_side_stream_changes_no_bit(device, exact_convolutions, preset, precision):
+    """Captured steps with and without it. Prints what it gains."""
+    two, one = (prepared(device, preset, precision, graph=True) for _ in range(2))
+    torch.backends.cudnn.benchmark = False
+    for mine, theirs in zip(two.step.state(), one.step.state(), strict=True):
+        mine.copy_(theirs)
+    one.step.side = SideStream(torch.device("cpu"))  # in order, on the current stream
+    for images in on(device, precision, 20):
+        losses, expected = torch.stack(two.run(*images)), torch.stack(one.run(*images))
+        assert torch.equal(losses, expected)
+    for mine, theirs in zip(two.step.state(), one.step.state(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert two.run.failure is None and one.run.failure is None
+    milliseconds = []
+    for each in (one, two):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(200):
+            each.run(*images)
+        end.record()
+        end.synchronize()
+        milliseconds.append(begin.elapsed_time(end) / 200)
+    print(
+        f"{preset} {precision}: {milliseconds[0]:.3f} ms a step in one stream, {milliseconds[1]:.3f} in two"
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
+def test_the_fused_update_is_gradient_and_adam(device, precision):
+    """A step of a network with deep layers, with and without storing their gradients."""
+    set_float32_math(precision)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        pytest.skip("before sm_80 gradients are stored")
+    made = []
+    for keep in (False, True):
+        torch.manual_seed(0)
+        networks = (network.to(device) for network in build_networks(NetworkOptions()))
+        step = TrainStep(*networks, StepOptions(precision=precision), keep_gradients=keep)
+        start, seen = [master.clone() for master in step.gen_optimizer.masters()], []
+        with launch.observed(lambda this, seen=seen: seen.append(this.name)):
+            step(*next(on(device, precision, 1)))
+        assert ("deep_update" in seen) is not keep
+        moments = [state["exp_avg"] for state in step.gen_optimizer.state.values()]
+        moved = [after - before for after, before in zip(step.gen_optimizer.masters(), start, strict=True)]
+        made.append([*moments, *moved])
+    for fused, stored in zip(*made, strict=True):
+        assert (fused - stored).abs().mean() <= 1e-2 * stored.abs().mean(), tuple(stored.shape)
 
 
 def test_memory_does_not_grow_over_500_replays(device):

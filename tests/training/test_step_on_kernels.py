@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_steps import call_small_weights_large
 
 from fastpix2pix.kernels import deep_conv, launch
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
@@ -43,6 +44,7 @@ def compare(monkeypatch, preset, precision, *, some_deep=False, **options):
     if some_deep:
         names = {this.name for this in on_kernels}
         assert {"deep_conv_to_small", "deep_conv_to_big"} <= names
+        assert ("deep_update" in names) is (precision != "fp16")
     torch.testing.assert_close(
         losses, expected_losses, rtol=LOSS_BOUND[precision], atol=LOSS_BOUND[precision]
     )
@@ -72,8 +74,8 @@ def test_ten_steps(triton_device, monkeypatch, preset, precision):
 
 
 def small_layers_are_deep(monkeypatch):
-    """Layers count as deep whatever their weight, and are ours on a GPU too."""
-    monkeypatch.setattr(deep_conv, "MIN_WEIGHTS", 0)
+    """Layers count as deep whatever their weight, and are ours on a GPU too; all weights count as large."""
+    call_small_weights_large(monkeypatch)
     ours = deep_conv.solved_here
     monkeypatch.setattr(
         deep_conv,

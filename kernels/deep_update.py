@@ -1,0 +1,110 @@
+"""A deep layer's weight gradient and Adam in one pass: the gradient is never stored.
+
+The weight gradient of a deep layer (``deep_conv``) is a product of two thin matrices: of all pixels of the
+small image, at most 256, and what the tap sees of the big one. To form a tile of it takes far less time than
+to move the moments and the master of that tile, so the program that forms a tile updates its weights as well.
+
+The gradient goes into Adam as it was summed, in float32; a gradient that is stored in between is rounded to
+the weight's type.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastpix2pix.kernels import adam, deep_conv, reference
+from fastpix2pix.kernels.adam import AdamClock, AdamForm, AdamTensors
+from fastpix2pix.kernels.deep_update_kernels import deep_update
+from fastpix2pix.kernels.images import as_pixels, image_pointer
+from fastpix2pix.kernels.language import INTERPRETING
+from fastpix2pix.kernels.launch import launch, use_triton
+from fastpix2pix.kernels.tiles import cdiv, next_power_of_2
+
+TAPS = 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program updates, rows x columns of one tap, in steps of so many pixels; its warps and stages."""
+
+    rows: int
+    columns: int
+    pixels: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_update_tile(pixels: int, itemsize: int) -> Tile:
+    """32 x 64 weights: 8 a thread, in two full vectors of each fp32 stream, and 2048 programs for 512 x 512.
+
+    With more than 128 pixels in 16 bit, 64 x 64, which reads the images half as often, and which the matrix
+    instructions of sm_90 and sm_100 take. A step has at least the 16 pixels that a matrix instruction takes;
+    in fp32 at most 32, as more would not stay in registers.
+    """
+    if itemsize == 2 and pixels > 128:
+        return Tile(64, 64, 64, num_warps=8, num_stages=2)
+    most = 64 if itemsize == 2 else 32
+    return Tile(32, 64, min(max(next_power_of_2(pixels), 16), most), num_warps=8, num_stages=1)
+
+
+def serves(small: Tensor, big: Tensor, weight: Tensor) -> bool:
+    """Whether ``update`` is one kernel for these images and this layer's weight (Cs, Cb, 4, 4).
+
+    The weight has to lie channels-last with a multiple of 16 columns, in bf16 or fp32. In fp16 no weight may
+    move before all gradients are known to be finite, and by then the images are gone. On GPUs before sm_80
+    Triton 3.9 makes no use of tensor cores, and spills registers. With ``--deep_conv library`` there is none.
+    """
+    cs, cb, *kernel = weight.shape
+    return (
+        deep_conv.offered
+        and use_triton(weight)
+        and (not weight.is_cuda or torch.cuda.get_device_capability(weight.device) >= (8, 0))
+        and kernel == [4, 4]
+        and weight.is_contiguous(memory_format=torch.channels_last)
+        and cb % 16 == 0
+        and weight.dtype in (torch.bfloat16, torch.float32)
+        and small.dtype == big.dtype == weight.dtype
+        and (small.shape[1], big.shape[1]) == (cs, cb)
+    )
+
+
+def update(small: Tensor, big: Tensor, weight: AdamTensors, clock: AdamClock, form: AdamForm) -> None:
+    """``adam.update`` of a deep layer's weight by its gradient, which is that of ``deep_conv``, in place.
+
+    small: (N, Cs, h, w); big: (N, Cb, 2 h, 2 w); one of them is a gradient. weight: in channels-last order,
+    Cb being a multiple of 16.
+    """
+    if not use_triton(small):
+        dtype = weight.exp_avg.dtype
+        gradient = reference.deep_conv_weight(small.to(dtype), big.to(dtype))
+        adam.update([weight], [gradient.permute(0, 2, 3, 1).flatten()], clock, form)
+        return
+    small, big = as_pixels(small), as_pixels(big)
+    n, rows, height, width = small.shape
+    pixels, columns = n * height * width, big.shape[1]
+    tile = choose_update_tile(pixels, small.element_size())
+    launch(
+        deep_update,
+        (TAPS * cdiv(columns, tile.columns), cdiv(rows, tile.rows)),
+        image_pointer(small),
+        image_pointer(big),
+        *weight,
+        pixels,
+        height,
+        width,
+        rows,
+        columns,
+        clock,
+        BETA1=form.beta1,
+        BETA2=form.beta2,
+        BLOCK_ROWS=tile.rows,
+        BLOCK_COLUMNS=tile.columns,
+        BLOCK_PIXELS=tile.pixels,
+        PRECISION="tf32" if deep_conv.float32_convolutions_use_tf32() else "ieee",
+        WIDEN=INTERPRETING and small.dtype == torch.bfloat16,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        reads=(small, big, *weight.reads, clock.alpha, clock.eps_hat),
+        writes=weight.writes,
+    )
