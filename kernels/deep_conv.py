@@ -38,9 +38,9 @@ from fastpix2pix.kernels.deep_conv_kernels import (
 from fastpix2pix.kernels.images import as_pixels, image_pointer
 from fastpix2pix.kernels.language import INTERPRETING, ImagePointer, tl
 from fastpix2pix.kernels.launch import launch, use_triton
-from fastpix2pix.kernels.norm_act import norm_act_backward, norm_act_forward
+from fastpix2pix.kernels.norm_act import in_one_launch, norm_act_backward, norm_act_forward
 from fastpix2pix.kernels.reference import NormActConfig
-from fastpix2pix.kernels.tiles import FEW_PIXELS, cdiv, next_power_of_2
+from fastpix2pix.kernels.tiles import cdiv, next_power_of_2
 
 MAX_PIXELS = 256
 """The most pixels of a deep layer's small image, the whole batch together."""
@@ -487,29 +487,37 @@ def _saved(ctx) -> tuple[DeepContext, tuple[Tensor | None, ...]]:
 
 
 class Passage:
-    """Where a deep layer leaves its input's gradient as partial sums, for the layer before, whose backward
-    pass adds them up where it needs the values: a launch less.
+    """Where a deep layer leaves its input's gradient as partial sums, for the layers before, whose backward
+    passes add up what they need where they need it: a launch less.
 
-    Only for an output that nothing but the next deep layer reads. To autograd the gradient is an image whose
-    memory nobody has written.
+    Only for an input that nothing else reads: a deep layer's y, or one's y and another's skip side by side.
+    To autograd the gradient is an image whose memory nobody has written.
     """
 
     def __init__(self) -> None:
         self._left: Sums | None = None
+        self._channels = 0  # that nobody has taken yet
 
     def leave(self, sums: Sums) -> Tensor:
         """The image to return to autograd."""
         self._left = None if sums.partials is None else sums
+        self._channels = sums.image.shape[1]
         return sums.image
 
-    def partials_of(self, dy: Tensor | None) -> Tensor | None:
-        """What was left for ``dy``, once; None where it is complete. RuntimeError if it is another tensor."""
-        left, self._left = self._left, None
-        if left is None:
+    def partials_of(self, gradient: Tensor | None) -> Tensor | None:
+        """What was left for ``gradient``, the image or a slice of its channels, once; None where it is
+        complete. RuntimeError if it is another tensor."""
+        if self._left is None:
             return None
-        if dy is None or dy.untyped_storage()._cdata != left.image.untyped_storage()._cdata:
-            raise RuntimeError("the output between two deep layers has another reader than the second layer")
-        return left.partials
+        image, partials = self._left
+        if gradient is None or gradient.untyped_storage()._cdata != image.untyped_storage()._cdata:
+            self._left = None
+            raise RuntimeError("the input of a deep layer has another reader than that layer")
+        channels = gradient.shape[1]
+        self._channels -= channels
+        if not self._channels:
+            self._left = None
+        return partials.narrow(2, gradient.storage_offset() - image.storage_offset(), channels)
 
 
 def _out_pixels(x: Tensor, transposed: bool) -> int:
@@ -549,8 +557,8 @@ class _DeepConvNormAct(torch.autograd.Function):
         take_gradient,
         passages,
     ):
-        whole = config.norm and config.training and _out_pixels(x, transposed) <= FEW_PIXELS
-        (pre, partials), state = forward(x, conv_weight, transposed=transposed, summed_by_next=whole)
+        few = in_one_launch(_out_pixels(x, transposed), config)
+        (pre, partials), state = forward(x, conv_weight, transposed=transposed, summed_by_next=few)
         y, skip, mean, rstd = norm_act_forward(
             pre, weight, bias, *running, rng, config, *slots, partials=partials
         )
@@ -564,12 +572,20 @@ class _DeepConvNormAct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dskip=None):
         needs_x, needs_weight, *needs_affine = ctx.needs_input_grad[:4]
-        (before, after), (state, saved) = ctx.passages, _saved(ctx)
-        dy_partials = None if after is None else after.partials_of(dy)
-        if dy_partials is not None:
-            dy = None
+        (before, after, skip_after), (state, saved) = ctx.passages, _saved(ctx)
+        dy_partials, dskip_partials = (
+            None if passage is None else passage.partials_of(gradient)
+            for passage, gradient in ((after, dy), (skip_after, dskip))
+        )
         dpre, dweight, dbias = norm_act_backward(
-            dy, dskip, *saved, ctx.rng, ctx.config, any(needs_affine), dy_partials=dy_partials
+            dy if dy_partials is None else None,
+            dskip if dskip_partials is None else None,
+            *saved,
+            ctx.rng,
+            ctx.config,
+            any(needs_affine),
+            dy_partials=dy_partials,
+            dskip_partials=dskip_partials,
         )
         gradients = backward(
             dpre, state, ctx.take_gradient, needs_x=needs_x, needs_weight=needs_weight, before=before
@@ -610,11 +626,12 @@ def conv_norm_act(
     take_gradient: TakeGradient | None = None,
     before: Passage | None = None,
     after: Passage | None = None,
+    skip_after: Passage | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``norm_act`` of ``conv2d``, or with ``transposed`` of ``conv_transpose2d``, as one differentiable op.
 
-    weight, bias and what follows: as for ``norm_act``. before, after: the passages from the deep layer that x
-    comes from, and to the one that y goes to, where nothing else reads it.
+    weight, bias and what follows: as for ``norm_act``. before: the passage from the deep layers that x comes
+    from. after, skip_after: those to the deep layer that y and that skip goes to.
     """
     return _DeepConvNormAct.apply(
         x,
@@ -627,5 +644,5 @@ def conv_norm_act(
         (out, skip_out),
         transposed,
         take_gradient,
-        (before, after),
+        (before, after, skip_after),
     )

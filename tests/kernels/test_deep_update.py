@@ -55,7 +55,7 @@ class Layer:
         return torch.autograd.grad(out, weight, self.small.double().cpu())[0]
 
     def step(self, form):
-        adam.advance(self.clock, form)
+        adam.advance(adam.Tick(self.clock, form))
         deep_update.update(self.small, self.big, self.weight, self.clock, form)
         numbers = {"lr": self.clock.lr.cpu(), "step": self.clock.step.cpu()}
         master, m, v = self.exact
@@ -133,7 +133,7 @@ def test_the_kernel_reads_the_gradient_as_it_was_summed(device):
     layer = Layer(1, 16, 16, 8, 8, torch.bfloat16, device)
     layer.weight.exp_avg.zero_()
     layer.clock.lr.fill_(0.0)
-    adam.advance(layer.clock, KERAS)
+    adam.advance(adam.Tick(layer.clock, KERAS))
     deep_update.update(layer.small, layer.big, layer.weight, layer.clock, KERAS)
     _, m, _ = layer.results()
     torch.testing.assert_close(m.double(), layer.exact_gradient() / 2, rtol=1e-5, atol=1e-5)
