@@ -40,7 +40,7 @@ from fastpix2pix.kernels.language import INTERPRETING, ImagePointer, tl
 from fastpix2pix.kernels.launch import launch, use_triton
 from fastpix2pix.kernels.norm_act import in_one_launch, norm_act_backward, norm_act_forward
 from fastpix2pix.kernels.reference import NormActConfig
-from fastpix2pix.kernels.tiles import cdiv, next_power_of_2
+from fastpix2pix.kernels.tiles import cdiv, next_power_of_2, pipelined_trips
 
 MAX_PIXELS = 256
 """The most pixels of a deep layer's small image, the whole batch together."""
@@ -122,8 +122,8 @@ def choose_product_tile(pixels: int, itemsize: int) -> ProductTile:
     In 16 bit 64 channels, the rows of one instruction of Hopper's and Blackwell's tensor cores, which so
     serve however few the pixels are. The weight streams through shared memory: with few pixels the registers
     (at most 80) leave room for many programs and the stages keep 25 kB of each one under way; with more, the
-    sums take the registers (at most 128), a program has more arithmetic for each byte, and fewer stages will
-    do.
+    sums take the registers (at most 128) and the image's blocks as much shared memory as the weight's, so
+    that 5 stages (40 kB) leave two programs to a multiprocessor with 100 kB.
 
     In fp32 32 channels: Hopper's instruction takes such factors in one order only, and to turn them costs the
     weight its full vectors. Four warps, as in loops over taps and channels at once eight have computed wrong
@@ -131,7 +131,7 @@ def choose_product_tile(pixels: int, itemsize: int) -> ProductTile:
     """
     side = min(max(next_power_of_2(pixels), LEAST_SIDE), 64 if itemsize == 2 else 32)
     channels = 64 if itemsize == 2 else 32
-    return ProductTile(channels, side, ROW_BYTES // itemsize, {16: 6, 32: 4, 64: 3}[side])
+    return ProductTile(channels, side, ROW_BYTES // itemsize, 6 if side == 16 else 5)
 
 
 def choose_weight_tile(pixels: int, itemsize: int) -> ProductTile:
@@ -145,8 +145,10 @@ def choose_weight_tile(pixels: int, itemsize: int) -> ProductTile:
 # A model of time, to choose between more programs and fewer partial sums; its constants are an H100's.
 BYTES_PER_US = 2.85e6
 """Memory bandwidth (85 % of 3.35 TB/s)."""
-PROGRAM_BYTES_PER_US = 32e3
-"""What one program draws with 25 kB under way and 0.8 us from asking to having (assumed)."""
+TRIP_US = 0.7
+"""From asking for a block to having multiplied it (assumed)."""
+PROGRAMS_AT_ONCE = 4 * 132
+"""Of four warps (assumed): four on each multiprocessor."""
 LAUNCH_US = 2.0
 """Of one more node of a captured graph (assumed)."""
 SPLITS = (1, 2, 4, 8, 16, 32)
@@ -154,7 +156,13 @@ SPLITS = (1, 2, 4, 8, 16, 32)
 
 
 def choose_splits(
-    tiles: int, blocks: int, weight_bytes: int, result_values: int, *, summed_by_next: bool
+    tiles: int,
+    blocks: int,
+    weight_bytes: int,
+    result_values: int,
+    *,
+    num_stages: int,
+    summed_by_next: bool,
 ) -> int:
     """How many programs share the sum of one tile.
 
@@ -164,10 +172,11 @@ def choose_splits(
     """
 
     def microseconds(splits: int) -> float:
-        rate = min(BYTES_PER_US, tiles * splits * PROGRAM_BYTES_PER_US)
+        waits = pipelined_trips(cdiv(blocks, splits), num_stages) * cdiv(tiles * splits, PROGRAMS_AT_ONCE)
         partial_bytes = 0 if splits == 1 else splits * result_values * 4
         extra = 0.0 if splits == 1 or summed_by_next else LAUNCH_US
-        return (weight_bytes + partial_bytes) / rate + partial_bytes / BYTES_PER_US + extra
+        own = max(TRIP_US * waits, (weight_bytes + partial_bytes) / BYTES_PER_US)
+        return own + partial_bytes / BYTES_PER_US + extra
 
     return min((splits for splits in SPLITS if splits <= blocks), key=microseconds)
 
@@ -269,6 +278,7 @@ def _multiply(problem: Problem, x: Tensor, weight: Tensor, summed_by_next: bool)
         blocks,
         read.numel() * read.element_size(),
         problem.pixels * values,
+        num_stages=tile.num_stages,
         summed_by_next=summed_by_next,
     )
     sums, out = _result(problem, x, splits)
@@ -290,6 +300,7 @@ def _multiply(problem: Problem, x: Tensor, weight: Tensor, summed_by_next: bool)
         num_stages=tile.num_stages,
         reads=(x, read),
         writes=(out.pointer,),
+        trips=pipelined_trips(cdiv(blocks, splits), tile.num_stages),
     )
     return sums
 
@@ -345,6 +356,7 @@ def _weight_gradient(problem: Problem, small: Tensor, big: Tensor) -> Tensor:
         num_stages=tile.num_stages,
         reads=(small, big),
         writes=(dweight,),
+        trips=pipelined_trips(cdiv(problem.pixels, tile.depth), tile.num_stages),
     )
     return dweight
 

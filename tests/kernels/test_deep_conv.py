@@ -411,13 +411,46 @@ def test_splits_fill_a_gpu_and_keep_partial_sums_small():
             tile = deep_conv.choose_product_tile(pixels, 2)
             tiles = 8 * -(-pixels // tile.pixels)
             weight_bytes, values = 512 * 512 * 32, 512 * pixels
-            splits = deep_conv.choose_splits(tiles, 256, weight_bytes, values, summed_by_next=summed_by_next)
+            splits = deep_conv.choose_splits(
+                tiles,
+                256,
+                weight_bytes,
+                values,
+                num_stages=tile.num_stages,
+                summed_by_next=summed_by_next,
+            )
             assert tiles * splits >= 64
             assert splits * values * 4 <= weight_bytes
 
 
 def test_nothing_is_split_where_there_are_programs_enough_or_a_launch_costs_more():
-    assert deep_conv.choose_splits(256, 64, 2**23, 2**10, summed_by_next=True) == 1
-    assert deep_conv.choose_splits(32, 64, 2**20, 2**10, summed_by_next=False) == 1
-    assert deep_conv.choose_splits(32, 64, 2**20, 2**10, summed_by_next=True) > 1
-    assert deep_conv.choose_splits(1, 2, 2**23, 2**10, summed_by_next=True) == 2, "blocks there are"
+    def splits(tiles, blocks, weight_bytes, *, summed_by_next=True):
+        return deep_conv.choose_splits(
+            tiles, blocks, weight_bytes, 2**10, num_stages=5, summed_by_next=summed_by_next
+        )
+
+    assert splits(1024, 8, 2**23) == 1
+    assert splits(32, 8, 2**20, summed_by_next=False) == 1
+    assert splits(32, 8, 2**20) > 1
+    assert splits(1, 16, 2**15) == 4, "as many loads as are under way"
+    assert splits(1, 3, 2**15) == 1
+
+
+@pytest.mark.parametrize("side, to_small, weight", [(1, 1, 1), (2, 4, 1), (8, 4, 2), (16, 8, 4)])
+def test_trips_to_memory_of_a_layer_of_512_channels(side, to_small, weight):
+    """Of (2 side, 2 side) pixels and (side, side): the shares' blocks of 32 channels of 16 taps (of 4, where
+    the image is one pixel), 5 or 4 loaded ahead; blocks of 16 or 32 pixels, 2 ahead."""
+    launches = []
+    small, big = (
+        torch.empty(1, s, s, 512, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
+        for s in (side, 2 * side)
+    )
+    of_weight = torch.empty(512, 4, 4, 512, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
+    with launch.observed(launches.append, run=False):
+        deep_conv.deep_conv_small(big, of_weight)
+        deep_conv.deep_conv_weight(small, big)
+    product, *_, gradient = launches
+    taps = 4 if side == 1 else 16
+    assert (product.name, gradient.name) == ("deep_conv_to_small", "deep_conv_to_weight")
+    assert product.trips == -(-(taps * 16 // product.grid[2]) // (5 if side < 5 else 4)) == to_small
+    assert gradient.trips == weight
