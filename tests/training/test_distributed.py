@@ -17,7 +17,7 @@ import plain_networks
 import pytest
 import torch
 from fake_graph import FakeGraphBackend, static_tensors
-from ranks import Ranks, in_ranks
+from ranks import LIMIT, Ranks, in_ranks, kill_those_left
 from tiny import random_images, tiny_config
 from tiny_run import SMALL, steps_saved, write_pairs
 
@@ -46,6 +46,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    """Of a test that failed before it waited for them."""
+    yield
+    kill_those_left()
+    while _agents:
+        agent = _agents.pop()
+        for process in [*workers(agent), agent.pid] if agent.poll() is None else []:
+            os.kill(process, signal.SIGKILL)
+        agent.wait(10)
+
+
+_agents: list[subprocess.Popen] = []
 
 
 def networks(config: TrainConfig, dtype: torch.dtype):
@@ -93,7 +108,7 @@ def train_type(config: TrainConfig, dtype: torch.dtype) -> torch.dtype:
 def trained_plainly(config: TrainConfig, dtype: torch.dtype, steps: int, size: int, monkeypatch):
     """The same in one process: a replica in plain PyTorch for each rank, which update by the mean of their
     gradients. Replicas run as threads that meet where they update."""
-    meeting, given = threading.Barrier(size), [None] * size
+    meeting, given = threading.Barrier(size, timeout=LIMIT), [None] * size
     mine = threading.local()
 
     def update(adam, gradients):
@@ -354,6 +369,33 @@ def replayed(ranks, preset, precision):
     return len(run._backend.tapes), same
 
 
+def test_a_capture_that_fails_in_one_rank_is_given_up_by_all(tmp_path):
+    """Else the one would not take the exchanges with which the others warm up for the next shape."""
+    failures, weights_of = zip(*in_ranks(2, captures_in_rank_0_alone, folder=tmp_path), strict=True)
+    assert failures == ("it failed in another process", "no capture here")
+    assert all(torch.equal(a, b) for a, b in zip(*weights_of, strict=True))
+
+
+def captures_in_rank_0_alone(ranks):
+    config = tiny_config(ngf=4, ndf=4, precision="fp32", batch_size=2)
+    train_step = TrainStep(
+        *build_networks(config.network_options(), "cpu"), config.step_options(), ranks.exchange
+    )
+    backend = FakeGraphBackend(partial(static, train_step))
+    if ranks.rank == 1:
+
+        def capture(segments):
+            raise RuntimeError("no capture here")
+
+        backend.capture = capture
+    run = CapturedStep(train_step, backend)
+    with pytest.warns(RuntimeWarning, match="could not be captured"):
+        for source, target in images_of(config, ranks.rank, 2, torch.float32):
+            run(source, target)
+            run(source[:1], target[:1])
+    return run.failure, weights(train_step)
+
+
 def test_a_collective_within_a_segment_shows(tmp_path):
     assert in_ranks(2, captures_a_collective, folder=tmp_path) == [True, True]
 
@@ -573,10 +615,10 @@ def test_a_rank_that_hangs_ends_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "SILENCE", 3.0)
     ranks = started(2, tmp_path)
     os.kill(ranks.processes[1], signal.SIGSTOP)
-    assert os.waitstatus_to_exitcode(os.waitpid(ranks.processes[0], 0)[1]) == 1
+    assert ranks.wait_for(0) == 1
     assert "rank 1 has given no sign of life for 3 s" in ranks.said()[0]
     os.kill(ranks.processes[1], signal.SIGKILL)
-    os.waitpid(ranks.processes[1], 0)
+    assert ranks.wait_for(1) == -signal.SIGKILL
 
 
 def test_torchrun_s_restart_goes_on(tmp_path):
@@ -592,27 +634,42 @@ def test_torchrun_s_restart_goes_on(tmp_path):
     assert steps_saved(tmp_path / "run") == [1, 3]
 
 
+def meets_a_damaged_file(rank, argv):
+    """(In a rank.) Train as the command does, up to the fourth batch of rank 1."""
+    stream = loader.Loader.stream
+
+    def failing(self, *at):
+        for k, batch in enumerate(stream(self, *at)):
+            if k == 3 and rank == 1:
+                raise UserError("3.png: damaged; replace it")
+            yield batch
+
+    loader.Loader.stream = failing
+    train.main(argv)
+
+
 def test_an_error_of_one_rank_saves_first_and_is_said_once(tmp_path):
     """A file that turns bad: only the rank that meets it knows, all save what was learnt, all end alike."""
     write_pairs(tmp_path / "pairs", 6)
-
-    def work(rank):
-        stream = loader.Loader.stream
-
-        def failing(self, *at):
-            for k, batch in enumerate(stream(self, *at)):
-                if k == 3 and rank == 1:
-                    raise UserError("3.png: damaged; replace it")
-                yield batch
-
-        loader.Loader.stream = failing
-        train.main(endless(tmp_path, "--save_latest_freq", "1000"))
-
-    ranks = Ranks(2, work, folder=tmp_path)
+    ranks = Ranks(2, meets_a_damaged_file, endless(tmp_path, "--save_latest_freq", "1000"), folder=tmp_path)
     assert ranks.wait() == [2, 2]
     said = "".join(ranks.said())
     assert said.count("error: 3.png: damaged; replace it") == 1 and said.count("error") == 1
     assert steps_saved(tmp_path / "run") == [3]
+
+
+def test_a_checkpoint_that_is_not_written_ends_all_alike(tmp_path, monkeypatch):
+    """At the end of a training of one rank that meets an error, too: nobody says that it was saved."""
+    write_pairs(tmp_path / "pairs", 6)
+
+    def full(*arguments):
+        raise UserError("checkpoint not written (no space)")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    ranks = Ranks(2, meets_a_damaged_file, endless(tmp_path, "--save_latest_freq", "1000"), folder=tmp_path)
+    assert ranks.wait() == [2, 2]
+    said = "".join(ranks.said())
+    assert said.count("error") == 1 and "checkpoint not written" in said and "saved" not in said
 
 
 @pytest.mark.parametrize(
@@ -708,9 +765,11 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 def torchrun(folder: Path, *options: str, name: str = "out") -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCES.parent)}
     out = open(folder / f"{name}.out", "wb")  # noqa: SIM115 (the process's)
-    return subprocess.Popen(
+    agent = subprocess.Popen(
         [*TORCHRUN, *options], cwd=folder, stdout=out, stderr=subprocess.STDOUT, env=environment
     )
+    _agents.append(agent)
+    return agent
 
 
 def wait_for(condition, folder: Path, process: subprocess.Popen | None = None) -> None:
