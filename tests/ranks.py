@@ -41,9 +41,14 @@ class Ranks:
         self._codes: dict[int, int] = {}
         sys.stdout.flush()
         sys.stderr.flush()
+        # None begins before all are forked: the store's thread, which answers those that have begun, holds
+        # locks of the C library that a fork at this moment would leave locked for ever.
+        start, waiting = os.pipe()
         for rank in range(size):
             child = os.fork()
             if child == 0:
+                os.close(waiting)
+                os.read(start, 1)  # until the parent closes the other end
                 os.environ |= {
                     "RANK": str(rank),
                     "WORLD_SIZE": str(size),
@@ -57,6 +62,8 @@ class Ranks:
                 }
                 self._run(rank, function, args)
             self.processes.append(child)
+        for end in (start, waiting):
+            os.close(end)
         _running.append(self)
 
     def _run(self, rank: int, function: Callable[..., Any], args: tuple) -> None:
