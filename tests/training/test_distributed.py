@@ -785,7 +785,7 @@ def test_twenty_random_kills(tmp_path):
         argv = endless(tmp_path, *(["--continue_train"] if steps_saved_in(tmp_path) else []))
         ranks = Ranks(2, lambda rank, argv=argv: train.main(argv), folder=tmp_path)
         if k % 4:  # later than the first step, else at some moment of the start
-            wait_for(lambda: steps_saved_in(tmp_path)[-1:] > [newest], tmp_path)  # noqa: B023
+            wait_for(lambda: steps_named(tmp_path)[-1:] > [newest], tmp_path)  # noqa: B023
         time.sleep(random.uniform(0.1, 2.0))
         victim = int(random.integers(2))
         os.kill(ranks.processes[victim], signal.SIGKILL)
@@ -804,8 +804,16 @@ def test_twenty_random_kills(tmp_path):
 
 
 def steps_saved_in(folder: Path) -> list[int]:
-    found = sorted((folder / "run" / "checkpoints").glob("step_*.pt"))
-    return [checkpoint.load(path)["step"] for path in found]
+    """Of a training that has ended, all of whose checkpoints are whole."""
+    steps = steps_named(folder)
+    for step in steps:
+        assert checkpoint.load(folder / "run" / "checkpoints" / f"step_{step:08d}.pt")["step"] == step
+    return steps
+
+
+def steps_named(folder: Path) -> list[int]:
+    """Of a training that goes on, which removes its older checkpoints."""
+    return sorted(int(path.stem[5:]) for path in (folder / "run" / "checkpoints").glob("step_*.pt"))
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -858,24 +866,43 @@ def test_one_process_of_torchrun_is_a_training_without_it(tmp_path):
     assert_same_state(plain, other)
 
 
-@pytest.mark.slow
-def test_two_agents_train_together(tmp_path):
+def two_agents(folder: Path, *argv: str) -> list[subprocess.Popen]:
     """As on two machines: --nnodes=2, one process each."""
-    write_pairs(tmp_path / "pairs", 5)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=7"]
-    argv = ["-m", "fastpix2pix.train", *flags(tmp_path, "--steps", "4")]
-    agents = [
-        torchrun(tmp_path, *rendezvous, f"--rdzv_endpoint=localhost:{port}", *argv, name=f"agent{i}")
-        for i in range(2)
-    ]
-    codes = [agent.wait(300) for agent in agents]
-    said = [(tmp_path / f"agent{i}.out").read_text() for i in range(2)]
-    assert codes == [0, 0], said
-    assert sum("2 processes, one a CPU process" in text for text in said) == 1
+    rendezvous += [f"--rdzv_endpoint=localhost:{port}"]
+    command = ["-m", "fastpix2pix.train", *argv]
+    return [torchrun(folder, *rendezvous, *command, name=f"agent{i}") for i in range(2)]
+
+
+def said_by_agents(folder: Path) -> list[str]:
+    return [(folder / f"agent{i}.out").read_text() for i in range(2)]
+
+
+@pytest.mark.slow
+def test_two_agents_train_together(tmp_path):
+    write_pairs(tmp_path / "pairs", 5)
+    agents = two_agents(tmp_path, *flags(tmp_path, "--steps", "4"))
+    assert [agent.wait(300) for agent in agents] == [0, 0], said_by_agents(tmp_path)
+    assert sum("2 processes, one a CPU process" in text for text in said_by_agents(tmp_path)) == 1
     assert steps_saved(tmp_path / "run") == [4]
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_both_agents(tmp_path):
+    """Within 30 s, each of the two in turn, and the run goes on."""
+    write_pairs(tmp_path / "pairs", 9)
+    newest = 0
+    for victim in (0, 1):
+        agents = two_agents(tmp_path, *endless(tmp_path, *(["--continue_train"] if newest else [])))
+        wait_for(lambda: steps_named(tmp_path)[-1:] > [newest], tmp_path, agents[0])  # noqa: B023
+        (worker,) = workers(agents[victim])
+        os.kill(worker, signal.SIGKILL)
+        assert [agent.wait(30) for agent in agents] == [1, 1], said_by_agents(tmp_path)
+        assert steps_saved_in(tmp_path)[-1] > newest
+        newest = steps_saved_in(tmp_path)[-1]
 
 
 @pytest.mark.slow
@@ -898,8 +925,8 @@ def test_torchrun_starts_a_killed_training_again(tmp_path):
     write_pairs(tmp_path / "pairs", 9)
     argv = flags(tmp_path, "--steps", "200", "--save_latest_freq", "10", "--cache", "0")
     process = torchrun(tmp_path, "--nproc_per_node=2", "--max_restarts=1", "-m", "fastpix2pix.train", *argv)
-    wait_for(lambda: len(steps_saved_in(tmp_path)) > 1, tmp_path, process)
-    before = steps_saved_in(tmp_path)[-1]
+    wait_for(lambda: len(steps_named(tmp_path)) > 1, tmp_path, process)
+    before = steps_named(tmp_path)[-1]
     os.kill(workers(process)[1], signal.SIGKILL)
     assert process.wait(300) == 0, (tmp_path / "out.out").read_text()
     text = (tmp_path / "out.out").read_text()
