@@ -29,6 +29,7 @@ from fastpix2pix.config import TrainConfig
 from fastpix2pix.data import LoaderOptions, loader
 from fastpix2pix.data.plan import epoch_plan, global_batches
 from fastpix2pix.errors import UserError
+from fastpix2pix.kernels import language, launch
 from fastpix2pix.models import build_networks
 from fastpix2pix.training import distributed
 from fastpix2pix.training.distributed import Exchange, RankGone, Unconnected
@@ -190,6 +191,15 @@ def sixteen_bits(ranks, preset, precision, steps):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_kernels_keep_bf16_equal_in_all_ranks(preset, tmp_path, triton_device):
+    """With masters in two pieces, as on a GPU."""
+    answers = in_ranks(2, sixteen_bits, preset, "bf16", 2, folder=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(answers[0][0], answers[1][0], strict=True))
+    assert answers[0][1] == answers[1][1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -328,27 +338,36 @@ def test_one_network_s_exchange_overlaps_the_other_s_update(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_checkpoint_is_the_same_for_any_number_of_ranks(precision, tmp_path):
-    """From one process to two and back: every tensor as it was, and no tensor twice in the file."""
+@pytest.mark.parametrize(("precision", "split"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_a_checkpoint_is_the_same_for_any_number_of_ranks(precision, split, tmp_path):
+    """From one process to two and back: every tensor as it was, and no tensor twice in the file.
+
+    split: the ranks keep masters as on a GPU, in two pieces.
+    """
+    if split and not language.INTERPRETING:
+        pytest.skip("CPU tensors do not take the Triton path here")
     config = tiny_config(precision=precision, ngf=4, ndf=4)
     alone = TrainStep(*build_networks(config.network_options(), "cpu"), config.step_options())
     for pair in images_of(config, 0, 2, WORKING_TYPES[precision]):
         alone(*pair)
     state = training_state(alone, config, {}, Position(2, 0, 2))
     torch.save(state, tmp_path / "alone.pt")
-    in_ranks(2, restored, config, tmp_path, folder=tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "kernels_on_cpu", split)
+        in_ranks(2, restored, config, tmp_path, split, folder=tmp_path)
     again = torch.load(tmp_path / "again.pt", weights_only=True)
     assert_same_state(state, again)
     assert (tmp_path / "again.pt").stat().st_size < 1.01 * (tmp_path / "alone.pt").stat().st_size
     assert restore(alone, again, tmp_path) == Position(2, 0, 2)
 
 
-def restored(ranks, config, folder):
+def restored(ranks, config, folder, split):
     config = tiny_config(precision=config.precision, ngf=4, ndf=4, seed=77)  # other weights than those saved
     train_step = TrainStep(
         *build_networks(config.network_options(), "cpu"), config.step_options(), ranks.exchange
     )
+    (share, *_) = train_step.gen_optimizer.state.values()
+    assert ("remainder" in share) == split
     at = restore(train_step, torch.load(folder / "alone.pt", weights_only=True), folder)
     state = training_state(train_step, config, {}, at)
     if ranks.first:
