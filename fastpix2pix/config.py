@@ -353,10 +353,16 @@ def check_changes(saved: TrainConfig, config: TrainConfig) -> list[str]:
             )
         if name in TASK and not config.force:
             raise UserError(
-                f"--{name} {after[name]}: the run {config.name} was started with {before[name]}; drop the "
-                "flag, add --force to go on all the same, or start another run with another --name"
+                f"--{name} {_typed(after[name])}: the run {config.name} was started with "
+                f"{_typed(before[name])}; drop the flag, add --force to go on all the same, or start another "
+                "run with another --name"
             )
-    return [f"--{name} {before[name]} -> {after[name]}" for name in changed]
+    return [f"--{name} {_typed(before[name])} -> {_typed(after[name])}" for name in changed]
+
+
+def _typed(value: object) -> str:
+    """A value as on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _part(config: TrainConfig, kind: type[Part]) -> Part:

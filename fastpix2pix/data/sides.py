@@ -103,6 +103,8 @@ class Side:
     def of_file(self, header: Header, suffix: str) -> "Side":
         """This side as the file of ``header`` holds it, to be written as ``suffix`` where that can be."""
         suffix = suffix if can_hold(suffix, self.channels, header.dtype) else ".tif"
+        if (header.dtype, suffix) == (self.dtype, self.suffix):
+            return self  # of many pairs, in most cases
         return replace(self, dtype=header.dtype, suffix=suffix)
 
     # ---- as a run's checkpoint and an exported file record it

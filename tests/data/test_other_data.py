@@ -6,6 +6,7 @@ import pickle
 import struct
 import sys
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,7 @@ TIFFS = {  # how tifffile is told to write, and whether the array's channels com
     "ImageJ, 2 channels": ((2, 9, 7), {"imagej": True}, True),
     "RGB": ((9, 7, 3), {"photometric": "rgb"}, False),
     "deflated": ((9, 7), {"compression": "zlib"}, False),
+    "5 deflated pages": ((5, 9, 7), {"compression": "zlib"}, True),
     "big-endian": ((9, 7), {"byteorder": ">"}, False),
     "OME, 2 channels": ((2, 9, 7), {"ome": True, "metadata": {"axes": "CYX"}}, True),
     "tiles": ((48, 40), {"tile": (16, 16)}, False),
@@ -68,6 +70,13 @@ def test_a_tiff_is_read_as_it_is(tmp_path, kind, dtype):
     assert samples.dtype == dtype and np.array_equal(samples, expected.reshape(*expected.shape[:2], -1))
     header = read_header(tmp_path / "x.tif")
     assert (header.size, header.channels, header.dtype) == (samples.shape[:2], samples.shape[2], dtype)
+
+
+def test_of_a_tiff_with_overviews_the_picture_is_read(tmp_path):
+    truth = noise((64, 48))
+    tifffile.imwrite(tmp_path / "x.tif", truth, metadata=None)
+    tifffile.imwrite(tmp_path / "x.tif", truth[::2, ::2], metadata=None, subfiletype=1, append=True)
+    assert np.array_equal(read(tmp_path / "x.tif")[..., 0], truth)
 
 
 @pytest.mark.parametrize("dtype", ["<u2", ">u2", "u1", "<f4", ">f4"])
@@ -433,6 +442,16 @@ def test_without_tifffile_a_tiff_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "tifffile")
     monkeypatch.setattr(builtins, "__import__", absent)
     assert 'pip install "fastpix2pix[tiff]"' in one_line(read, tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "jpeg"])
+def test_a_compression_that_needs_a_library_names_it(tmp_path, compression):
+    truth = noise((16, 16), "uint8")
+    Image.fromarray(truth).save(tmp_path / "x.tif", compression=compression)
+    if find_spec("imagecodecs") is None:
+        assert one_line(read, tmp_path / "x.tif").endswith("; run pip install imagecodecs")
+    elif compression == "tiff_lzw":
+        assert np.array_equal(read(tmp_path / "x.tif")[..., 0], truth)
 
 
 # ------------------------------------------------------------------------------------------ check
