@@ -81,8 +81,8 @@ def read_rgb(path: Path) -> np.ndarray:
 
 
 def _refuse_other_than_files(path: Path) -> None:
-    """Raises ``UserError`` for a pipe, device or folder: opening a pipe would wait for ever."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    """Raises ``UserError`` for a pipe, device, folder or dangling link: opening a pipe would wait for ever."""
+    if os.path.lexists(path) and not os.path.isfile(path):
         raise UserError(f"{path}: is not a file; remove it")
 
 
