@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpix2pix.kernels import reference
+from fastpix2pix.kernels import cpu_norm, reference
 from fastpix2pix.kernels.images import as_pixels, image_pointer, output_like
 from fastpix2pix.kernels.launch import DTYPES, launch, use_triton
 from fastpix2pix.kernels.norm_act_kernels import (
@@ -123,6 +123,10 @@ def norm_act_forward(
 ) -> NormActForward:
     """``reference.norm_act_forward``, by kernels on a GPU. ValueError for an ``out`` that x does not fit."""
     if not use_triton(x):
+        if partials is None and cpu_norm.serves(x, weight, bias, config):
+            return cpu_norm.epilogue_forward(
+                x, weight, bias, running_mean, running_var, rng, config, out, skip_out
+            )
         return reference.norm_act_forward(
             x, weight, bias, running_mean, running_var, rng, config, out, skip_out, partials=partials
         )
@@ -236,6 +240,11 @@ def norm_act_backward(
 ) -> NormActBackward:
     """``reference.norm_act_backward``, by kernels on a GPU."""
     if not use_triton(x):
+        some = dy is not None or dskip is not None
+        if some and dy_partials is None and cpu_norm.serves(x, weight, bias, config):
+            return cpu_norm.epilogue_backward(
+                dy, dskip, x, weight, bias, mean, rstd, rng, config, needs_affine
+            )
         return reference.norm_act_backward(
             dy,
             dskip,
