@@ -92,7 +92,8 @@ BFLOAT16_AMX = Rates(
 """The same Xeon, whose matrix units oneDNN uses."""
 
 FEW_PIXELS = 16
-"""Of a small image: up to so many, reading the weight takes longer than multiplying it four times over."""
+"""Of a small image, the whole batch together: up to so many, moving a weight takes longer than arithmetic
+with it, however wasteful."""
 
 Grid = tuple[int, int]
 """Tiles that cover an image: rows, columns."""
