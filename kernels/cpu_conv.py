@@ -65,8 +65,8 @@ class Rates(NamedTuple):
 
     products: float
     unfolded: float
-    in_tile: float
-    in_weight: float
+    in_tile: float = 0.0
+    in_weight: float = 0.0
     gathered: float = 0.0
     as_it_lies: float = 0.0
     library: float | None = None
@@ -83,8 +83,6 @@ BFLOAT16_AMX = Rates(
     products=350,
     unfolded=0.15,
     gathered=0.15,
-    in_tile=0.0,
-    in_weight=0.0,
     as_it_lies=0.4,
     library=330,
     library_weight=1.33,
