@@ -19,6 +19,7 @@ from fastpix2pix.config import QUICK, TrainConfig, check_changes, check_name
 from fastpix2pix.cores import CoreShare, loader_threads, use_threads
 from fastpix2pix.data import Loader, find_pairs, load_pair, open_loader
 from fastpix2pix.data.check import refuse_other_layouts
+from fastpix2pix.data.options import oriented
 from fastpix2pix.data.synthetic import default_folder, synthetic_dataset
 from fastpix2pix.device import choose_device, device_of_rank, why_no_gpu
 from fastpix2pix.errors import NotFinite, UserError, out_of_memory_is_one_line
@@ -92,7 +93,7 @@ def sized_by_data(config: TrainConfig, root: Path) -> TrainConfig:
     """
     if config.preprocess == "resize_and_crop":
         return config
-    pairs = find_pairs(root, "train")[: config.max_dataset_size]
+    pairs = find_pairs(root, "train", config.loader_options().sides)[: config.max_dataset_size]
     side = pairs[0].size[0]
     for pair in pairs:
         if pair.size != (side, side) or side < config.crop_size and config.preprocess == "crop":
@@ -120,22 +121,24 @@ def sample_pairs(
             size=options.crop_size,
             interpolation=options.interpolation,
         )
-        for pair in find_pairs(root, split)[:SAMPLE_PAIRS]
+        for pair in find_pairs(root, split, options.sides)[:SAMPLE_PAIRS]
     )
     return [(source.to(device, dtype), target.to(device, dtype)) for source, target in loaded]
 
 
-def batch_shapes(loader: Loader, config: TrainConfig, position: int = 0) -> list[tuple[int, int, int, int]]:
-    """Every shape of images that the run will meet from sample ``position`` of an epoch on: the batch, and an
-    epoch's last, smaller one."""
+def batch_shapes(loader: Loader, config: TrainConfig, position: int = 0) -> list[tuple[int, int, int]]:
+    """Every (N, H, W) of images that the run will meet from sample ``position`` of an epoch on: the batch,
+    and an epoch's last, smaller one."""
     sizes = {batch.share for start in (0, position) for batch in loader.rest_of_epoch(start)}
-    return [(size, 3, config.crop_size, config.crop_size) for size in sorted(sizes, reverse=True)]
+    return [(size, config.crop_size, config.crop_size) for size in sorted(sizes, reverse=True)]
 
 
 def start_line(config: TrainConfig, loader: Loader, root: Path, prepared: PreparedStep, total: int) -> str:
     """What the run does, and on what: direction, precision, device, loader, threads."""
     direction = config.resolved_direction()
     half = "left" if direction == "AtoB" else "right"
+    source, target = oriented(*loader.sides, direction)
+    kinds = "" if source.plain and target.plain else f"; {source} to {target}"
     resolved = prepared.resolved()
     how = [resolved["precision"]]
     if prepared.device.type == "cuda":
@@ -145,7 +148,7 @@ def start_line(config: TrainConfig, loader: Loader, root: Path, prepared: Prepar
         how.append(f"{torch.get_num_threads()} threads")
     return (
         f"{len(loader)} pairs from {root} ({loader.kind} loader, {loader.options.num_threads} threads; "
-        f"{direction}: the {half} half is the input), {total} steps on {prepared.device} "
+        f"{direction}: the {half} half is the input{kinds}), {total} steps on {prepared.device} "
         f"({environment.device_name(prepared.device)}; {', '.join(how)}), run in {config.run_folder}"
     )
 
@@ -217,7 +220,10 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
     )
 
     def environment_block() -> dict:
+        source, target = oriented(*loader.sides, loader.options.direction)
         data: dict = {
+            **source.record(),
+            **target.record(),
             "loader": loader.kind,
             "direction": config.resolved_direction(),
             "steps": total,

@@ -210,7 +210,7 @@ def test_a_captured_step_behind_their_interface(program, tmp_path, monkeypatch, 
             self.train_step, FakeGraphBackend(lambda: static_tensors(self.train_step))
         )
 
-    monkeypatch.setattr(cpu_conv, "uses_tiles", lambda *args: False)
+    monkeypatch.setattr(cpu_conv, "find_tiling", lambda *_: None)
     expected = losses(program("--name", "eager")[1])
     monkeypatch.setattr(backend.AcceleratedPix2Pix, "_start_training", captured)
     model, output = program("--name", "captured")
