@@ -1,4 +1,4 @@
-"""``accelerate`` on three architectures of other people: nothing changes but who does the work."""
+"""``accelerate`` on architectures of other people: nothing changes but who does the work."""
 
 import copy
 import importlib.util
@@ -10,6 +10,7 @@ import torch
 from published_networks import PUBLISHED
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastpix2pix.acceleration import BatchNorm2dAct, InstanceNorm2dAct, accelerate
@@ -401,6 +402,54 @@ def test_layouts():
         accelerate(network, layout="nhwc")
 
 
+class Layouts(TorchDispatchMode):
+    """Strides of the images that every backward operator takes, while inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.taken = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (
+            torch.ops.aten.leaky_relu_backward.default,
+            torch.ops.aten.native_batch_norm_backward.default,
+        ):
+            self.taken.append((func.__name__, *(t.stride() for t in args[:2])))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("n", (1, 2))
+@pytest.mark.parametrize("layer", ("batch", "instance", "bias", "sum"))
+def test_a_contiguous_gradient_is_brought_to_the_layout_of_channels_last_images_once(layer, n):
+    """As a loss that takes a mean gives it; PyTorch's kernels are many times slower where layouts differ."""
+    after = {
+        "batch": [nn.BatchNorm2d(4), nn.LeakyReLU(0.2)],
+        "instance": [nn.InstanceNorm2d(4), nn.LeakyReLU(0.2)],
+        "bias": [nn.LeakyReLU(0.2)],
+        "sum": [nn.InstanceNorm2d(4)],
+    }[layer]
+    network = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), *after)
+    network = Residual(network) if layer == "sum" else network
+    accelerate(network, layout="channels_last")
+    x = torch.randn(n, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    y = network(x)
+    gradient = torch.randn(y.shape)
+    assert y.is_contiguous(memory_format=torch.channels_last) and gradient.is_contiguous()
+    with Layouts() as layouts:
+        y.backward(gradient)
+    assert len(layouts.taken) == {"batch": 2, "instance": 1 + n, "bias": 1, "sum": n + 1}[layer]
+    assert all(dy == of for _, dy, of in layouts.taken)
+
+
+class Residual(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return F.leaky_relu(x + self.block(x), 0.2)
+
+
 @pytest.mark.parametrize("kernels", [False, True])
 def test_under_autocast_a_norm_takes_16_bits_and_keeps_its_statistics_in_32(triton_device, kernels):
     torch.manual_seed(0)
@@ -571,10 +620,12 @@ def penalty(network, x):
     return torch.autograd.grad(gradient.square().sum(), [x, *network.parameters()])
 
 
-def test_differentiating_twice_works_on_a_cpu_and_is_refused_by_kernels(triton_device):
-    network = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(0.2)).double()
+@pytest.mark.parametrize("norm", (nn.BatchNorm2d, nn.InstanceNorm2d))
+@pytest.mark.parametrize("layout", ("keep", "channels_last"))
+def test_differentiating_twice_works_on_a_cpu_and_is_refused_by_kernels(triton_device, norm, layout):
+    network = nn.Sequential(nn.Conv2d(4, 4, 3), norm(4, affine=True), nn.LeakyReLU(0.2)).double()
     fused = copy.deepcopy(network)
-    accelerate(fused)
+    accelerate(fused, layout=layout)
     x = torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "kernels_on_cpu", False)
