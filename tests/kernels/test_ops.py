@@ -9,6 +9,7 @@ import pytest
 import torch
 from fake_cuda import Machine, missing
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -254,17 +255,19 @@ def on_a_fake_gpu(watch) -> list:
 
 
 def compiled_looks_different(name) -> bool:
-    """Whether results and gradients have other shapes, strides, types or devices than the eager network's."""
-    network, channels = networks()[name]
-    network = network.to("cuda:1")
-    accelerate(network)
-    x = torch.ones(2, channels, 16, 16, device="cuda:1", requires_grad=True)
-    torch._dynamo.reset()
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager", dynamic=False)
-    # Without the machine's recorder, which no compiler takes, and the GPU's random state, which it would keep.
+    """Whether results and gradients have other shapes, strides, types or devices than the eager network's.
+
+    Without the machine's recorder, which no compiler takes, and the GPU's random state, which one would keep.
+    """
     state = torch.get_rng_state()
     random_state = mock.patch.multiple(torch.cuda, get_rng_state=lambda: state, set_rng_state=lambda _: None)
-    with _disable_current_modes(), x.fake_mode, random_state:
+    with _disable_current_modes(), FakeTensorMode(), random_state:
+        network, channels = networks()[name]
+        network = network.to("cuda:1")
+        accelerate(network)
+        x = torch.ones(2, channels, 16, 16, device="cuda:1", requires_grad=True)
+        torch._dynamo.reset()
+        compiled = torch.compile(network, fullgraph=True, backend="aot_eager", dynamic=False)
         looks = [
             [(t.shape, t.stride(), t.dtype, t.device) for t in gradients_of(each, x)]
             for each in (network, compiled)
