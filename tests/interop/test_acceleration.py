@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from fastpix2pix import rewriting
 from fastpix2pix.acceleration import BatchNorm2dAct, InstanceNorm2dAct, accelerate
 from fastpix2pix.errors import UserError
 from fastpix2pix.kernels import launch
@@ -91,7 +92,7 @@ def residual_generator(dropout):
         nn.ReLU(True),
         nn.Conv2d(8, 16, 3, 2, 1),
         nn.InstanceNorm2d(16),
-        nn.LeakyReLU(0.2, True),
+        nn.LeakyReLU(0.1, True),
         ResidualBlock(16, dropout),
         nn.ConvTranspose2d(16, 8, 3, 2, 1, output_padding=1),
         nn.InstanceNorm2d(8),
@@ -324,6 +325,15 @@ def test_functions_and_sums_after_a_norm_are_fused_where_fx_can_trace():
         assert_equal(run(each, x), run(network, x))
 
 
+def test_a_sum_of_other_shapes_or_types_is_what_pytorch_makes_of_it():
+    y, wide = torch.randn(2, 4, 1, 1), torch.randn(2, 4, 3, 5)
+    for residual in (wide, y.double(), y):
+        for norm in (y, y.view(8, 1, 1).view(2, 4, 1, 1)):
+            expected = F.leaky_relu(norm + residual, 0.2)
+            joined = rewriting.join(norm.clone(), residual, 0.2)
+            assert torch.equal(joined, expected) and joined.dtype == expected.dtype
+
+
 class Moody(nn.Module):
     def __init__(self, mood):
         super().__init__()
@@ -358,7 +368,8 @@ def test_what_fx_cannot_trace_keeps_its_forward(mood, reason):
 @pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
 @pytest.mark.parametrize("n", (1, 3))
 def test_running_statistics_of_instances(n, memory_format):
-    network = nn.Sequential(nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.ReLU()).double()
+    norm = nn.InstanceNorm2d(4, momentum=0.3, affine=True, track_running_stats=True)
+    network = nn.Sequential(norm, nn.ReLU()).double()
     fused = copy.deepcopy(network)
     accelerate(fused)
     x = torch.randn(n, 4, 5, 6, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
@@ -520,10 +531,13 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("layout", ["keep", "channels_last"])
+@pytest.mark.parametrize(("layout", "n"), [("keep", 2), ("channels_last", 2), ("channels_last", 1)])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_networks_compute_what_they_did(name, layout):
-    """Outputs (logits and features too) and gradients of eight networks of three repositories."""
+def test_published_networks_compute_what_they_did(name, layout, n):
+    """Outputs (logits and features too) and gradients of eight networks of three repositories.
+
+    In the layout that they are found in bit for bit; in channels-last what they compute in contiguous memory.
+    """
     torch.manual_seed(0)
     norms, options = NORMS[name], {}
     if name == "PyTorch-GAN generator":  # eight levels want 256 pixels a side
@@ -539,7 +553,7 @@ def test_published_networks_compute_what_they_did(name, layout):
     assert not [line for line in report.changed if "alone" in line]
     assert list(fused.state_dict()) == list(network.state_dict())
     images = [
-        torch.randn(2, channels, 64, 64, dtype=torch.float64, requires_grad=True)
+        torch.randn(n, channels, 64, 64, dtype=torch.float64, requires_grad=True)
         for channels in PUBLISHED[name].inputs
     ]
 
@@ -551,6 +565,8 @@ def test_published_networks_compute_what_they_did(name, layout):
         return made, torch.autograd.grad(total, [*images, *net.parameters()])
 
     (made, gradients), (expected, expected_gradients) = results(fused), results(network)
+    if layout == "keep":
+        assert all(map(torch.equal, [*made, *gradients], [*expected, *expected_gradients]))
     for result, other in zip(made, expected, strict=True):
         torch.testing.assert_close(result, other, rtol=0, atol=1e-12 * other.abs().max().item())
     largest = max(gradient.abs().max().item() for gradient in expected_gradients)
