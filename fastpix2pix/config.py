@@ -27,11 +27,11 @@ QUICK: dict[str, Any] = {"ngf": 16, "ndf": 16, "steps": 1500, "display_freq": 25
 
 TASK = (
     *("dataroot", "dataset", "direction", "load_size", "crop_size", "no_flip", "gan_mode"),
-    *("preprocess", "max_dataset_size"),
+    *("preprocess", "max_dataset_size", "input_range", "output_range"),
 )
 """Flags that make another task of a run when they change in its middle."""
 
-ARCHITECTURE = ("preset", "netG", "ngf", "ndf", "n_layers_D", "norm")
+ARCHITECTURE = ("preset", "netG", "ngf", "ndf", "n_layers_D", "norm", "input_nc", "output_nc")
 """Flags that a checkpoint's tensors depend on: they cannot change when a run continues."""
 
 BEGINNING = ("init_from", "init_type", "init_gain")
@@ -71,6 +71,15 @@ class TrainConfig:
     direction: Direction | None = None
     """Which half is the input: AtoB the left one, BtoA the right one. Default: that of the data set by name
     (synthetic: BtoA); with --dataroot BtoA for tutorial, AtoB for junyanz."""
+    input_nc: int = NetworkOptions.input_nc
+    """Channels of the input images: 1 for grey, 3 for RGB, any number for TIFF and .npy."""
+    output_nc: int = NetworkOptions.output_nc
+    """Channels of the output images."""
+    input_range: tuple[float, float] | None = None
+    """The least and the greatest value of the input files, like 0 4095 for 12 bits; what lies outside is cut
+    off. Default: all that 8 or 16 bits can hold. Files of floating point need it."""
+    output_range: tuple[float, float] | None = None
+    """The same of the output files."""
     preprocess: Preprocess = "resize_and_crop"
     """What is done to images: resized and cropped; cropped alone, from images that are all squares of one
     size; or nothing but mirrored, images of one square size that the network takes."""
@@ -223,6 +232,10 @@ class TrainConfig:
         data decide."""
         return LoaderOptions(
             direction=self.resolved_direction(),
+            input_nc=self.input_nc,
+            output_nc=self.output_nc,
+            input_range=self.input_range,
+            output_range=self.output_range,
             load_size=self.load_size,
             crop_size=self.crop_size,
             interpolation=self.rules.data.interpolation,
@@ -310,7 +323,10 @@ class TrainConfig:
         paths = {
             key: Path(values[key]) for key in ("dataroot", "checkpoints_dir", "init_from") if values.get(key)
         }
-        return cls(**{**values, **paths})
+        ranges = {
+            key: tuple(values[key]) for key in ("input_range", "output_range") if values.get(key) is not None
+        }
+        return cls(**{**values, **paths, **ranges})
 
 
 def check_name(name: str) -> None:
@@ -337,10 +353,16 @@ def check_changes(saved: TrainConfig, config: TrainConfig) -> list[str]:
             )
         if name in TASK and not config.force:
             raise UserError(
-                f"--{name} {after[name]}: the run {config.name} was started with {before[name]}; drop the "
-                "flag, add --force to go on all the same, or start another run with another --name"
+                f"--{name} {_typed(after[name])}: the run {config.name} was started with "
+                f"{_typed(before[name])}; drop the flag, add --force to go on all the same, or start another "
+                "run with another --name"
             )
-    return [f"--{name} {before[name]} -> {after[name]}" for name in changed]
+    return [f"--{name} {_typed(before[name])} -> {_typed(after[name])}" for name in changed]
+
+
+def _typed(value: object) -> str:
+    """A value as on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _part(config: TrainConfig, kind: type[Part]) -> Part:
@@ -363,6 +385,11 @@ def _is_of(value: object, kind: Any) -> bool:
         return value in get_args(kind)
     if get_origin(kind) in (Union, UnionType):
         return any(_is_of(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:  # a list in JSON
+        kinds = get_args(kind)
+        if not isinstance(value, list | tuple) or len(value) != len(kinds):
+            return False
+        return all(map(_is_of, value, kinds))
     if kind is Path:
         return isinstance(value, str)
     if kind in (int, float) and isinstance(value, bool):
@@ -376,4 +403,6 @@ def _in_words(kind: Any) -> str:
         kind = next(one for one in get_args(kind) if one is not NoneType)
     if get_origin(kind) is Literal:
         return f"none of {', '.join(map(repr, get_args(kind)))}"
+    if get_origin(kind) is tuple:
+        return f"no list of {len(get_args(kind))} numbers"
     return f"no {'str' if kind is Path else kind.__name__}"

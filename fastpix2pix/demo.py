@@ -23,7 +23,7 @@ from PIL import Image
 
 from fastpix2pix import cli
 from fastpix2pix.data.painter import PALETTE, paint_pair
-from fastpix2pix.data.pairs import FORMATS, UNREADABLE, read_rgb
+from fastpix2pix.data.pictures import FORMATS, UNREADABLE, read_rgb
 from fastpix2pix.demo_page import render
 from fastpix2pix.errors import UserError
 from fastpix2pix.exported import ExportedModel
@@ -63,20 +63,22 @@ def load_model(config: DemoConfig) -> Model:
     model: Model
     if config.run.suffix == ".onnx":
         model = ExportedModel(config.run)
-        channels = model.in_channels, model.out_channels
     else:
         model = load(config.run, device=config.device, evaluation=config.eval)
-        channels = model.generator.in_channels, model.generator.out_channels
-    if not set(channels) <= {1, 3}:
+    sides = model.input, model.output
+    if any(side.channels not in (1, 3) or side.range or side.dtype != "uint8" for side in sides):
         raise UserError(
-            f"{config.run}: translates {channels[0]} channels to {channels[1]}, and a page shows 1 or 3; use "
-            "python -m fastpix2pix.translate"
+            f"{config.run}: translates {sides[0]} to {sides[1]}, and a page shows 1 or 3 channels of 8 bits; "
+            "use python -m fastpix2pix.translate"
         )
     return model
 
 
 def example_inputs(run: Path, model: Model) -> list[np.ndarray]:
-    """Pictures to begin with, uint8 (side, side, 3): inputs of the run's samples, else painted facades."""
+    """Pictures to begin with, uint8 (side, side, 3): inputs of the run's samples, else painted facades.
+
+    They are RGB for a network of one channel too, which sees them as grey.
+    """
     grids = find_grids(run) if run.is_dir() else {}
     if grids:
         sources = [row.source for row in read_grid(grids[max(grids)])]

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from fastpix2pix import cli, environment
-from fastpix2pix.data.loader import oriented
-from fastpix2pix.data.options import Direction
+from fastpix2pix.data.options import Direction, oriented
 from fastpix2pix.data.pairs import Pair, find_pairs
 from fastpix2pix.errors import UserError
 from fastpix2pix.metrics import image_metrics
@@ -87,7 +85,10 @@ class Measured:
 
 def evaluate(config: EvaluateConfig) -> None:
     """Measure as ``config`` says, write both files and say the means. Raises UserError."""
-    pairs = pairs_in(config.input)[: config.num_test]
+    if not config.input.is_dir():
+        raise UserError(
+            f"--input {config.input}: no such folder; give one of pairs, like datasets/facades/test"
+        )
     distances = None if config.inception is None else FeatureDistances(config.inception, config.device)
     perceptual = None if config.lpips is None else PerceptualDistance(config.lpips, config.device)
     measured: list[Measured] = []
@@ -99,6 +100,7 @@ def evaluate(config: EvaluateConfig) -> None:
             seed=config.seed,
             direction=config.direction,
         )
+        pairs = pairs_in(config.input, translator)[: config.num_test]
         if not measured:
             print(f"each image is normalised by {statistics_of(translator)}")
             if config.inception is not None:
@@ -112,12 +114,11 @@ def evaluate(config: EvaluateConfig) -> None:
     write(config, measured)
 
 
-def pairs_in(folder: Path) -> list[Pair]:
-    """The pairs in ``folder``. Raises UserError where there are none."""
-    if not folder.is_dir():
-        raise UserError(f"--input {folder}: no such folder; give one of pairs, like datasets/facades/test")
+def pairs_in(folder: Path, translator: Translator) -> list[Pair]:
+    """The pairs in ``folder``. Raises UserError where there are none, or they are not what it translates."""
     folder = folder.resolve()
-    return find_pairs(folder.parent, folder.name)
+    sides = oriented(translator.input, translator.output, translator.direction)
+    return find_pairs(folder.parent, folder.name, sides)
 
 
 def measure(
@@ -128,29 +129,21 @@ def measure(
     distances: FeatureDistances | None = None,
     perceptual: PerceptualDistance | None = None,
 ) -> Measured:
-    """Translate every pair's source and hold the result against its target, as 8-bit images."""
+    """Translate every pair's source and hold the result against its target, as files would hold them."""
     images: dict[str, dict[str, float]] = {}
     for pair in tqdm(pairs, desc=str(run), unit=" images"):
         a, b = pair.read()
         source, target = oriented(a, b, translator.direction)
         if resize:
-            source, target = translator.resize(source), translator.resize(target)
-        generated, wanted = _tensor(translator(np.ascontiguousarray(source))), _tensor(target)
-        if generated.shape != wanted.shape:
-            raise UserError(
-                f"--run {run}: makes images of {generated.shape[-1]} channels, and those of {pair.a} have "
-                f"{wanted.shape[-1]}; give a run that was trained on such images"
-            )
-        images[pair.name] = image_metrics(generated, wanted)
+            source, target = translator.resize(source), translator.resize(target, translator.output)
+        both = translator(np.ascontiguousarray(source)), translator.output.alike(target)
+        generated, wanted = (torch.from_numpy(image.copy()) for image in both)
+        images[pair.name] = image_metrics(generated, wanted, translator.output.span)
         if perceptual is not None:
             images[pair.name]["LPIPS"] = perceptual(generated, wanted)
         if distances is not None:
             distances.add(generated, wanted)
     return Measured(run, translator, images, {} if distances is None else distances.take())
-
-
-def _tensor(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.atleast_3d(image).copy())
 
 
 def compare(first: Measured, other: Measured) -> dict[str, tuple[float, float]]:

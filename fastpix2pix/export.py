@@ -115,7 +115,8 @@ class _Graph:
             doc_string=self.translator.source,
         )
         multiple = 2**generator.num_downs
-        helper.set_model_props(model, {"direction": self.translator.direction, "multiple_of": str(multiple)})
+        said = {"direction": self.translator.direction, "multiple_of": str(multiple)}
+        helper.set_model_props(model, said | self.translator.input.record() | self.translator.output.record())
         onnx.checker.check_model(model)
         return model
 

@@ -2,15 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
-from fastpix2pix.data.resize import resize
+from fastpix2pix.data.options import Direction
+from fastpix2pix.data.resize import Interpolation
+from fastpix2pix.data.sides import Side
 from fastpix2pix.errors import UserError
-from fastpix2pix.pixels import normalize, to_uint8
+from fastpix2pix.picture_model import PictureModel
 from fastpix2pix.translator import mirror_padding
 
 try:
@@ -19,15 +19,17 @@ except ImportError:
     onnxruntime = None
 
 
-class ExportedModel:
+DIRECTIONS: dict[str, Direction] = {"AtoB": "AtoB", "BtoA": "BtoA"}
+
+
+class ExportedModel(PictureModel):
     """What ``python -m fastpix2pix.export`` wrote, run by ONNX Runtime on the CPU; dropout is left out.
 
-    Has what :class:`fastpix2pix.translator.Translator` offers for pictures: direction, size (pixels a side
-    of the smallest image that it takes), source, in_channels, out_channels, and the call. Raises UserError
-    when onnxruntime is not installed or ``path`` is no such file.
+    size: pixels a side of the smallest image that it takes. Raises UserError when onnxruntime is not
+    installed or ``path`` is no such file.
     """
 
-    interpolation: Literal["nearest"] = "nearest"  # the file does not say how the training resized
+    interpolation: Interpolation = "nearest"  # the file does not say how the training resized
 
     def __init__(self, path: Path):
         if onnxruntime is None:
@@ -43,30 +45,24 @@ class ExportedModel:
         except Exception as error:  # ONNX Runtime's own, which have no common class
             raise UserError(f"{path}: is no ONNX file that can be run ({error})") from error
         meta = self._session.get_modelmeta()
+        said = meta.custom_metadata_map
+        ends = self._session.get_inputs()[0], self._session.get_outputs()[0]
         try:
-            self.direction = meta.custom_metadata_map["direction"]
-            self.size = int(meta.custom_metadata_map["multiple_of"])
+            self.direction = DIRECTIONS[said["direction"]]
+            self.size = int(said["multiple_of"])
+            self.input = Side("input", ends[0].shape[1]).recorded(said)
+            self.output = Side("output", ends[1].shape[1]).recorded(said)
         except (KeyError, ValueError) as error:
             raise UserError(
                 f"{path}: was not written by python -m fastpix2pix.export, so its input is unknown"
             ) from error
-        self.in_channels, self.out_channels = (
-            value.shape[1] for value in (self._session.get_inputs()[0], self._session.get_outputs()[0])
-        )
         self.source = f"{meta.description}, from {os.path.basename(path)}"
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        """Translate an 8-bit picture of any size: mirrored outwards to a size that fits, then cropped."""
-        array = np.asarray(image.convert("L" if self.in_channels == 1 else "RGB"))
-        source = normalize(torch.from_numpy(np.atleast_3d(array).copy())[None], torch.float32)
+    def _translate_one(self, source: Tensor) -> Tensor:
+        """Mirrored outwards to a size that fits, then cropped."""
         (rows, inside_rows), (columns, inside_columns) = (
             mirror_padding(n, self.size) for n in source.shape[-2:]
         )
-        padded = source[:, :, rows][..., columns].contiguous()
-        (generated,) = self._session.run(None, {"input": padded.numpy()})
-        picture = to_uint8(torch.from_numpy(generated[0])[:, inside_rows, inside_columns])
-        return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
-
-    def resize(self, image: np.ndarray) -> np.ndarray:
-        """``image`` uint8 (height, width, 3) as a square of ``size``, by nearest neighbour."""
-        return resize(torch.from_numpy(image[None].copy()), self.size, self.interpolation)[0].numpy()
+        padded = source[:, :, rows][..., columns].contiguous().cpu().numpy()
+        (generated,) = self._session.run(None, {"input": padded})
+        return torch.from_numpy(generated)[:, :, inside_rows, inside_columns]

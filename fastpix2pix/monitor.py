@@ -20,7 +20,7 @@ from fastpix2pix.errors import NotFinite
 from fastpix2pix.history import History, read_history
 from fastpix2pix.loss_table import LossTable
 from fastpix2pix.models.generator import generate_without_trace
-from fastpix2pix.pixels import to_uint8
+from fastpix2pix.pixels import preview
 from fastpix2pix.report import write_report
 from fastpix2pix.training.graph import AsyncHostCopy
 from fastpix2pix.training.losses import Losses
@@ -61,11 +61,11 @@ def gan_health(disc_real: float, disc_fake: float, gen_gan: float, gan_mode: str
 
 
 def sample_grid(generator: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> Image.Image:
-    """One row for each (source, target), both (1, C, H, W): input | target | generated."""
+    """One row for each (source, target), both (1, C, H, W): input | target | generated, as ``preview``."""
     rows = []
     for source, target in pairs:
         images = (source[0], target[0], generate_without_trace(generator, source)[0])
-        rows.append(np.concatenate([np.broadcast_to(i, (*i.shape[:2], 3)) for i in map(to_uint8, images)], 1))
+        rows.append(np.concatenate([*map(preview, images)], 1))
     return Image.fromarray(np.concatenate(rows, 0))
 
 

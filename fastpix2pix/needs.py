@@ -91,8 +91,10 @@ def host_parts(config: TrainConfig, device: torch.device) -> list[Part]:
 
 def _decoded(config: TrainConfig, device: torch.device) -> Part:
     """Three chunks of pairs: decoded, on their way, in use."""
-    chunk = config.loader_options().chunk_size(device)
-    size = 3 * 2 * 3.0 * chunk * config.load_size**2
+    options = config.loader_options()
+    chunk = options.chunk_size(device)
+    pixel = sum(side.channels * side.kept_as.itemsize for side in options.sides)
+    size = 3.0 * pixel * chunk * config.load_size**2
     return Part("pairs being decoded", "--load_size or --batch_size", size)
 
 

@@ -111,10 +111,10 @@ class PerceptualDistance:
 
 def _batch(image: Tensor, device: torch.device) -> Tensor:
     """(1, 3, height, width) uint8; grey repeated."""
-    if image.shape[-1] not in (1, 3):
+    if image.shape[-1] not in (1, 3) or image.dtype != torch.uint8:
         raise UserError(
-            f"FID, KID and LPIPS look at RGB, and these images have {image.shape[-1]} channels; leave out "
-            "--inception and --lpips"
+            f"FID, KID and LPIPS look at 8-bit RGB, and these images have {image.shape[-1]} channels of "
+            f"{str(image.dtype).removeprefix('torch.')}; leave out --inception and --lpips"
         )
     return image.permute(2, 0, 1)[None].expand(1, 3, -1, -1).to(device)
 

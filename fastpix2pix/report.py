@@ -47,7 +47,7 @@ def write_report(run_folder: Path, history: History | None = None) -> Path:
 <main>
   <section class="charts">{_charts(history, config)}</section>
   <h2>Samples</h2>
-  {_samples(run_folder)}
+  {_samples(run_folder, resolved)}
   <h2>What was asked for</h2>
   {_configuration(config, resolved)}
   <h2>What it ran on</h2>
@@ -180,7 +180,7 @@ SMALL, LARGE = 512, 1024  # pixels of height of a grid: of each in the strip, an
 JPEG = {"format": "JPEG", "quality": 88, "subsampling": 0}  # colours at full resolution: maps have edges
 
 
-def _samples(run_folder: Path) -> str:
+def _samples(run_folder: Path, resolved: dict) -> str:
     """The grids that the monitor drew, in the page itself, which can be sent; the newest in view."""
     paths = sorted((run_folder / "samples").glob("step_*.png"))
     figures = [
@@ -190,9 +190,12 @@ def _samples(run_folder: Path) -> str:
     ]
     if not figures:
         return "<p>No samples yet.</p>"
+    kinds = {str(resolved.get(name, "uint8")).split(" ")[0] for name in ("input_files", "output_files")}
+    preview = "" if kinds == {"uint8"} else f"; {' and '.join(sorted(kinds))}, shown in 8 bits"
     of_all = f"; {len(figures)} of {len(paths)}, all are in samples/" if len(paths) > SHOWN else ""
     return (
-        f'<p>input | target | generated{of_all}</p><div class="strip" tabindex="0">{"".join(figures)}</div>'
+        f"<p>input | target | generated{preview}{of_all}</p>"
+        f'<div class="strip" tabindex="0">{"".join(figures)}</div>'
     )
 
 
@@ -261,6 +264,7 @@ figure { margin: 0; }
 .charts figcaption { font-weight: 600; }
 code { color: var(--faint); font-weight: 400; font-size: .85em; }
 svg { display: block; width: 100%; height: auto; font-size: 12px; }
+@media (max-width: 40rem) { svg { font-size: 19px; } }  /* the picture shrinks, its text should not */
 svg text { fill: var(--faint); }
 .grid { stroke: var(--line); }
 .curve { fill: none; stroke: var(--accent); stroke-width: 1.8; stroke-linejoin: round; }

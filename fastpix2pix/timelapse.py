@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from fastpix2pix import cli
+from fastpix2pix import cli, environment
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.errors import UserError
 from fastpix2pix.models import build_generator
 from fastpix2pix.models.generator import generate_without_trace
-from fastpix2pix.pixels import normalize, to_uint8
+from fastpix2pix.pixels import normalize, preview
 from fastpix2pix.sample_grids import Row, find_grids, read_grid
 
 FRAMES = 100  # at most: a film of more is larger and looks the same
@@ -60,7 +60,10 @@ def timelapse(config: TimelapseConfig) -> str:
     if config.strip is None or 0 in config.strip:
         beginning = untrained(config.run, next(iter(pairs.values())))
         if beginning is None and config.strip:
-            raise UserError("--strip 0: the run began with trained weights (--init_from); leave out step 0")
+            raise UserError(
+                "--strip 0: the run began with trained weights (--init_from), or its samples are previews of "
+                "other data than 8-bit RGB; leave out step 0"
+            )
         pairs = {0: beginning, **pairs} if beginning else pairs
     if config.strip:
         picture = strip({step: pairs[step] for step in config.strip}, config.size)
@@ -95,19 +98,23 @@ def _chosen(grids: dict[int, Path], config: TimelapseConfig) -> dict[int, Path]:
 
 
 def untrained(run: Path, rows: Sequence[Row]) -> list[Row] | None:
-    """``rows`` as the run's network made them before its first step; None if it began with other weights."""
+    """``rows`` as the run's network made them before its first step; None if it began with other weights, or
+    the rows are no more than previews of what it takes."""
     try:
         request = json.loads((run / "config.json").read_text(encoding="utf-8"))
         if request.get("init_from"):
             return None
         config = TrainConfig.from_dict(request)
+        files = (environment.read(run) or {}).get("input_files", "uint8")
+        if (config.input_nc, config.input_range) != (3, None) or not str(files).startswith("uint8"):
+            return None
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{run} has no readable config.json; give the folder of a run") from error
     generator = build_generator(config.network_options())
     found = []
     for row in rows:
         source = normalize(torch.from_numpy(row.source.copy())[None], torch.float32)
-        found.append(Row(row.source, row.target, to_uint8(generate_without_trace(generator, source)[0])))
+        found.append(Row(row.source, row.target, preview(generate_without_trace(generator, source)[0])))
     return found
 
 

@@ -10,17 +10,19 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from fastpix2pix import cli
 from fastpix2pix.cores import use_threads
-from fastpix2pix.data.options import Direction
-from fastpix2pix.data.pairs import EXTENSIONS, FORMATS, UNREADABLE, natural_order, read_rgb
+from fastpix2pix.data.options import Direction, oriented
+from fastpix2pix.data.pairs import Pair, natural_order
+from fastpix2pix.data.pictures import EXTENSIONS, Header, kept_suffix, read, read_header, write
+from fastpix2pix.data.sides import Side
 from fastpix2pix.errors import UserError, out_of_memory_is_one_line
 from fastpix2pix.gallery import Entry, write_gallery
 from fastpix2pix.interop.junyanz.flags import test_words
 from fastpix2pix.metrics import image_metrics
+from fastpix2pix.pixels import normalize, preview
 from fastpix2pix.translator import Translator, load
 
 
@@ -28,15 +30,15 @@ from fastpix2pix.translator import Translator, load
 class TranslateConfig:
     """Translate images with a trained run. What the network needs is taken from the run.
 
-    OUTPUT/generated/NAME.png are the results, OUTPUT/index.html shows them beside their input. For
-    side-by-side pairs also target/ and the metrics of each image, in metrics.csv too.
+    OUTPUT/generated/ holds the results as files like the training's targets, OUTPUT/index.html shows them
+    beside their input. For side-by-side pairs also target/ and the metrics of each image, in metrics.csv too.
     """
 
     run: Path
     """Folder of a run (its newest checkpoint is used), a step_*.pt, a *_net_G.pth of
     pytorch-CycleGAN-and-pix2pix, or the tutorial's generator as np.savez(FILE, *generator.get_weights())."""
     input: Path
-    """An image, or a folder of images (JPEG, PNG)."""
+    """An image, or a folder of images (JPEG, PNG, TIFF, .npy)."""
     output: Path
     """Folder for the results: a new or empty one, or one with earlier results, which are replaced."""
     kind: Literal["auto", "image", "pair"] = "auto"
@@ -114,17 +116,22 @@ def statistics_of(translator: Translator) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """One input file. name: what its results are called; size: (height, width) of the file in pixels."""
+    """One input file. name: what its results are called; header: what the file holds."""
 
     name: str
     path: Path
-    size: tuple[int, int]
+    header: Header
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the file in pixels."""
+        return self.header.size
 
 
 def find_sources(path: Path) -> list[Source]:
     """The picture at ``path``, or those directly in the folder ``path`` in natural order, by their headers.
 
-    Raises UserError when there is none, or one is not a JPEG or PNG.
+    Raises UserError when there is none, or one can't be read.
     """
     try:
         files = [path]
@@ -134,19 +141,15 @@ def find_sources(path: Path) -> list[Source]:
         if not files:
             raise UserError(f"{path}: holds no {', '.join(EXTENSIONS)} file; give images or their folder")
         unambiguous = len({file.stem for file in files}) == len(files)
-        return [Source(file.stem if unambiguous else file.name, file, _size(file)) for file in files]
+        return [Source(file.stem if unambiguous else file.name, file, _header(file)) for file in files]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; give images or their folder") from error
 
 
-def _size(path: Path) -> tuple[int, int]:
+def _header(path: Path) -> Header:
     if not path.is_file():  # opening a pipe would wait for ever
-        raise UserError(f"{path}: is no file; give a JPEG or PNG image, or a folder of them")
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.size[::-1]
-    except UNREADABLE as error:
-        raise UserError(f"{path}: is not a readable JPEG or PNG ({error}); replace or remove it") from error
+        raise UserError(f"{path}: is no file; give an image (JPEG, PNG, TIFF, .npy), or a folder of them")
+    return read_header(path)
 
 
 def guess_kind(sources: Sequence[Source]) -> Literal["image", "pair"]:
@@ -162,8 +165,8 @@ def _image_size(source: Source, kind: str) -> tuple[int, int]:
 
 # ---------------------------------------------------------------------------------------------- output
 
-RESULTS = ("input", "generated", "target", "metrics.csv", "index.html")
-PARTIAL = ".partial"
+PREVIEW, PARTIAL = "preview", ".partial"
+RESULTS = ("input", "generated", "target", PREVIEW, "metrics.csv", "index.html")
 
 
 def check_output(output: Path, source: Path) -> None:
@@ -213,9 +216,10 @@ def translate_files(
             if kind == "pair":
                 _write_metrics(staging / "metrics.csv", entries)
             title = f"{translator.source}: {len(entries)} images"
-            write_gallery(
-                staging, entries, title=title, note=f"Each is normalised by {statistics_of(translator)}."
-            )
+            note = f"Each is normalised by {statistics_of(translator)}."
+            if (staging / PREVIEW).exists():
+                note += " Shown are previews of 8 bits; the values are in the files of generated/."
+            write_gallery(staging, entries, title=title, note=note)
             _publish(staging, output)
     except OSError as error:
         raise UserError(f"{output}: {error.strerror or error}; choose another --output") from error
@@ -229,6 +233,9 @@ def _check_size(translator: Translator, source: Source, kind: str, resized: bool
             f"{source.path}: is {source.size[1]} pixels wide, which does not split into two halves; "
             "--kind image if it is not a pair"
         )
+    translator.input.check(source.path, source.header)
+    if kind == "pair":
+        translator.output.check(source.path, source.header)
     try:
         translator.check_memory(*(translator.size,) * 2 if resized else _image_size(source, kind))
     except UserError as error:
@@ -236,30 +243,41 @@ def _check_size(translator: Translator, source: Source, kind: str, resized: bool
 
 
 def _translate_file(translator: Translator, source: Source, kind: str, resized: bool, folder: Path) -> Entry:
-    pixels = read_rgb(source.path)
-    images = {"input": pixels}
-    if kind == "pair":
-        a, b = np.split(pixels, 2, axis=1)
-        images = {"input": a, "target": b} if translator.direction == "AtoB" else {"input": b, "target": a}
+    sides = {"input": translator.input, "generated": translator.output, "target": translator.output}
+    if kind == "image":
+        images = {"input": read(source.path, translator.input.channels)}
+    else:
+        in_a_and_b = oriented(translator.input, translator.output, translator.direction)
+        pair = Pair(source.name, source.path, None, source.size, source.header.plain, in_a_and_b)
+        images = dict(zip(("input", "target"), oriented(*pair.read(), translator.direction), strict=True))
     if resized:
-        images = {role: translator.resize(image) for role, image in images.items()}
-    pictures = {role: Image.fromarray(np.ascontiguousarray(image)) for role, image in images.items()}
-    generated = pictures["generated"] = translator(pictures["input"])
-    for role, picture in pictures.items():
-        (folder / role).mkdir(exist_ok=True)
-        picture.save(folder / role / f"{source.name}.png")
+        images = {role: translator.resize(image, sides[role]) for role, image in images.items()}
+    images["generated"] = translator(images["input"])
+    shown = {}
+    for role, image in images.items():
+        own = role != "generated"  # such files as they were
+        side = sides[role].of_file(source.header, kept_suffix(source.path)) if own else sides[role]
+        shown[role] = _write_picture(folder, f"{role}/{source.name}", image, side)
     metrics = {}
     if kind == "pair":
-        target = pictures["target"].convert(generated.mode)
-        metrics = image_metrics(
-            *(torch.from_numpy(np.atleast_3d(np.asarray(p)).copy()) for p in (generated, target))
-        )
-    return Entry(
-        source.name,
-        {role: f"{role}/{source.name}.png" for role in pictures},
-        generated.size[::-1],
-        metrics,
-    )
+        target = translator.output.alike(images["target"])
+        generated, wanted = (torch.from_numpy(image.copy()) for image in (images["generated"], target))
+        metrics = image_metrics(generated, wanted, translator.output.span)
+    return Entry(source.name, shown, images["generated"].shape[:2], metrics)
+
+
+def _write_picture(folder: Path, name: str, image: np.ndarray, side: Side) -> str:
+    """Write ``image`` into ``folder`` as the side's files hold it, and return which file a page shows: this
+    one, or a preview beside it where a browser would not show it, or show it too dark."""
+    path = folder / f"{name}{side.suffix}"
+    path.parent.mkdir(exist_ok=True)
+    write(path, image)
+    if side.suffix == ".png" and side.range is None and side.channels != 2:
+        return f"{name}{side.suffix}"
+    path = folder / PREVIEW / f"{name}.png"
+    path.parent.mkdir(exist_ok=True, parents=True)
+    write(path, preview(normalize(side.kept(image), torch.float32)[0]))
+    return f"{PREVIEW}/{name}.png"
 
 
 def _write_metrics(path: Path, entries: Sequence[Entry]) -> None:

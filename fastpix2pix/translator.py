@@ -1,17 +1,15 @@
 """A trained generator as a function from image to image, whoever trained it."""
 
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastpix2pix import checkpoint
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.data.options import Direction
-from fastpix2pix.data.resize import resize
+from fastpix2pix.data.sides import Side
 from fastpix2pix.device import choose_device
 from fastpix2pix.errors import UserError
 from fastpix2pix.free_memory import free_memory, in_words
@@ -19,23 +17,20 @@ from fastpix2pix.interop import keras
 from fastpix2pix.interop.junyanz import weights as junyanz
 from fastpix2pix.models import UNetGenerator, build_generator
 from fastpix2pix.models.generator import generate_without_trace, size_multiple
-from fastpix2pix.pixels import normalize, to_uint8
+from fastpix2pix.picture_model import PictureModel
 from fastpix2pix.presets import find_preset
 from fastpix2pix.tiling import blend_tiles
-
-Picture = TypeVar("Picture", Image.Image, np.ndarray, Tensor)
 
 # Bytes of activations per pixel and per channel of the first layer: 598 a pixel were measured at ngf 64.
 BYTES_PER_PIXEL_AND_WIDTH = 10
 OVERLAPS_IN_A_TILE = 4  # neighbouring tiles share at least a quarter of their width
 
 
-class Translator:
+class Translator(PictureModel):
     """A trained generator as a function from image to image; make it with :func:`load`.
 
-    direction, size, interpolation: which half of a pair it translates, and to which square images were
-    resized for training. source: where it came from, in words. tile: larger images go in tiles of so many
-    pixels a side; None: whole.
+    tile: larger images go in tiles of so many pixels a side; None: whole. input, output: by default 8-bit
+    images of the network's channels. The rest as in PictureModel.
     """
 
     def __init__(
@@ -48,9 +43,13 @@ class Translator:
         evaluation: bool,
         seed: int,
         tile: int | None = None,
+        input: Side | None = None,
+        output: Side | None = None,
     ):
         self.generator = generator.train(not evaluation).requires_grad_(False)
         self.direction, self.size, self.source = direction, size, source
+        self.input = input or Side("input", generator.in_channels)
+        self.output = output or Side("output", generator.out_channels)
         self.interpolation = find_preset(generator.preset).data.interpolation
         self.evaluation, self.seed = evaluation, seed
         multiple = size_multiple(generator.num_downs)
@@ -62,55 +61,11 @@ class Translator:
     def device(self) -> torch.device:
         return self.generator.last.weight.device
 
-    def __call__(self, image: Picture) -> Picture:
-        """Translate ``image``; the result is of its type and size, and the same at every call.
-
-        A PIL image; a uint8 array (height, width, channels), or (height, width) for grey, which becomes
-        (height, width, channels); or a floating-point tensor (channels, height, width) or
-        (n, channels, height, width) in [-1, 1], whose images are translated one by one. Raises UserError for
-        anything else.
-        """
-        if isinstance(image, Image.Image):
-            if image.mode[0] in "IF":
-                raise UserError(f"image of mode {image.mode}: convert it to 8 bits per channel first")
-            array = np.asarray(image.convert("L" if self.generator.in_channels == 1 else "RGB"))
-            generated = self._translate_array(array)
-            return Image.fromarray(generated[..., 0] if generated.shape[-1] == 1 else generated)
-        if isinstance(image, np.ndarray):
-            return self._translate_array(image)
-        if isinstance(image, Tensor):
-            return self._translate_tensor(image)
-        raise UserError(f"{type(image).__name__}: give a PIL image, a uint8 array or a tensor in [-1, 1]")
-
-    def _translate_array(self, image: np.ndarray) -> np.ndarray:
-        if image.dtype != np.uint8 or image.ndim not in (2, 3):
-            raise UserError(
-                f"array of {image.dtype} and shape {image.shape}: give uint8 (height, width, channels)"
-            )
-        pixels = torch.from_numpy(np.atleast_3d(image).copy())[None].to(self.device)
-        if pixels.shape[-1] == 1:
-            pixels = pixels.expand(-1, -1, -1, self.generator.in_channels)  # grey is repeated, as in training
-        return to_uint8(self._translate_tensor(normalize(pixels, torch.float32))[0])
-
-    def _translate_tensor(self, images: Tensor) -> Tensor:
-        channels = self.generator.in_channels
-        fits = images.ndim in (3, 4) and images.shape[-3] == channels and images.numel()
-        if not fits or not images.is_floating_point():
-            raise UserError(
-                f"tensor of {images.dtype} and shape {tuple(images.shape)}: give floating point "
-                f"({channels}, height, width) or (n, {channels}, height, width) in [-1, 1]"
-            )
-        if images.ndim == 3:
-            return self._translate_tensor(images[None])[0]
-        self.check_memory(*images.shape[-2:])
-        source = images.to(self.device, torch.float32)
-        # One by one: images in one batch would share their batch statistics.
-        generated = torch.cat([self._translate_one(one[None]) for one in source])
-        return generated.to(images.device, images.dtype)
-
     @torch.no_grad()
     def _translate_one(self, source: Tensor) -> Tensor:
-        """(1, channels, height, width) of any size, whole or in tiles."""
+        """Whole or in tiles."""
+        self.check_memory(*source.shape[-2:])
+        source = source.to(self.device)
         if self.tile is None or not self.tiled(*source.shape[-2:]):
             return self._translate_whole(source)
         return blend_tiles(self._translate_whole, source, self.tile, self.tile // OVERLAPS_IN_A_TILE)
@@ -124,10 +79,6 @@ class Translator:
         padded = source[:, :, rows.to(self.device)][..., columns.to(self.device)]
         self.generator.rng.copy_(torch.tensor([self.seed, 0]))  # the same dropout whatever came before
         return generate_without_trace(self.generator, padded)[:, :, inside_rows, inside_columns]
-
-    def resize(self, image: np.ndarray) -> np.ndarray:
-        """``image`` uint8 (height, width, 3) in the square size and by the filter of the training."""
-        return resize(torch.from_numpy(image[None].copy()), self.size, self.interpolation)[0].numpy()
 
     def tiled(self, height: int, width: int) -> bool:
         """Whether an image of this size is translated in tiles."""
@@ -180,6 +131,7 @@ def load(
     Raises UserError when there is no such model, its weights are not finite, or ``device`` is absent.
     """
     path, device = Path(path), choose_device(str(device))
+    sides: dict[str, Side] = {}
     if path.suffix in (".pth", ".npz"):
         generator = (junyanz if path.suffix == ".pth" else keras).read_generator(path)
         trained_direction, size = (
@@ -197,6 +149,7 @@ def load(
         _load_state(generator, state["generator"], file)
         trained_direction, size = config.resolved_direction(), config.crop_size
         source = f"{config.name}, step {state['step']}"
+        sides = _sides(config, state, file)
     _check_finite(generator, path, evaluation)
     if no_dropout:
         generator.leave_out_dropout()
@@ -208,7 +161,20 @@ def load(
         evaluation=evaluation,
         seed=seed,
         tile=tile,
+        **sides,
     )
+
+
+def _sides(config: TrainConfig, state: dict, file: Path) -> dict[str, Side]:
+    """What files of the run hold: what was asked for, and the types that the training found."""
+    asked = {
+        "input": Side("input", config.input_nc, config.input_range),
+        "output": Side("output", config.output_nc, config.output_range),
+    }
+    try:
+        return {name: side.recorded(state.get("environment") or {}) for name, side in asked.items()}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file}: does not say of which type its images are ({error})") from error
 
 
 def _configuration(state: dict, file: Path) -> TrainConfig:

@@ -2,24 +2,26 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from PIL import Image
 from tqdm import tqdm
 
-from fastpix2pix.data.pairs import EXTENSIONS, KINDS, find_pairs, raw_mode, read_rgb
+from fastpix2pix.data.pairs import Pair, find_pairs
+from fastpix2pix.data.pictures import DTYPES, EXTENSIONS, Header, read, read_header
 from fastpix2pix.errors import UserError
 
 FIRST_BAD = 10  # so many bad files are listed
-OTHER_PICTURES = (".webp", ".tif", ".tiff", ".bmp", ".gif", ".heic", ".avif", ".jp2", ".npy")
+OTHER_PICTURES = (".webp", ".bmp", ".gif", ".heic", ".avif", ".jp2")
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What one split holds. sizes: pairs per (height, width) of a half; kinds: files per Pillow mode."""
+    """What one split holds. sizes: pairs per (height, width) of a half; kinds: of JPEG and PNG files that can
+    be had as 8-bit RGB, how many of each; others: what halves of the pairs hold that is not, in words."""
 
     name: str
     pairs: int
@@ -27,6 +29,7 @@ class SplitReport:
     kinds: Counter
     files: int
     bad: list[str]  # one line each: the file, what is wrong, the remedy
+    others: list[str]  # one line each
     unread: str = ""  # pictures of kinds that training passes over, e.g. "3 .webp"
 
 
@@ -97,29 +100,64 @@ def check(root: str | Path) -> None:
 def _check_split(root: Path, split: str) -> SplitReport:
     files = _split_pictures(root, split)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = [*tqdm(pool.map(_examine, files), desc=split, unit=" files", total=len(files), leave=False)]
-    bad = [error for error, _ in found if error]
-    pairs = []
+        examined = pool.map(_examine, files)
+        found = [*tqdm(examined, desc=split, unit=" files", total=len(files), leave=False)]
+    bad = [one for one in found if isinstance(one, str)]
+    good = {path: one for path, one in zip(files, found, strict=True) if isinstance(one, _File)}
+    pairs: list[Pair] = []
+    others: list[str] = []
     if not bad:  # else find_pairs would only say the same of the first of them
         try:
-            pairs = find_pairs(root, split)
+            pairs = find_pairs(root, split, None)
+            others = [*_others(pairs, good)]
         except UserError as error:
             bad = [str(error)]
-    kinds = Counter(kind for _, kind in found if kind)
-    return SplitReport(
-        split, len(pairs), Counter(pair.size for pair in pairs), kinds, len(files), bad, _unread(root, split)
-    )
+    kinds = Counter(one.header.kind for one in good.values() if _as_rgb(one.header) and one.header.kind)
+    sizes = Counter(pair.size for pair in pairs)
+    return SplitReport(split, len(pairs), sizes, kinds, len(files), bad, others, _unread(root, split))
 
 
-def _examine(path: Path) -> tuple[str, str]:
-    """(what is wrong with the file, its kind), one of them empty."""
+class _File(NamedTuple):
+    header: Header
+    low: float  # the least of its values
+    high: float
+
+
+def _examine(path: Path) -> _File | str:
+    """What a file holds, or what is wrong with it."""
     try:
-        read_rgb(path)
-        with Image.open(path) as image:
-            deep = "16" in image.mode + raw_mode(image)
-            return "", "16-bit" if deep else image.mode
+        samples = read(path)
+        return _File(read_header(path), float(samples.min()), float(samples.max()))
     except UserError as error:
-        return str(error), ""
+        return str(error)
+
+
+def _as_rgb(header: Header) -> bool:
+    """Whether training takes a file as 8-bit RGB, unless it is told otherwise."""
+    return header.offers(3) and header.dtype == "uint8"
+
+
+def _others(pairs: list[Pair], files: dict[Path, _File]) -> Iterator[str]:
+    """A line for each half of the pairs that training does not take as 8-bit RGB.
+
+    Raises UserError unless all files of such a half have the same channels.
+    """
+    halves = {"A and B": [pair.a for pair in pairs]}
+    if pairs[0].b is not None:
+        halves = {"A": halves["A and B"], "B": [pair.b for pair in pairs if pair.b is not None]}
+    for half, paths in halves.items():
+        found = [files[path] for path in paths]
+        if all(_as_rgb(one.header) for one in found):
+            continue
+        first = found[0].header
+        channels = 3 if all(one.header.offers(3) for one in found) else first.channels
+        for path, (header, _, _) in zip(paths, found, strict=True):
+            if not header.offers(channels):
+                raise UserError(f"{path}: holds {header}, and {paths[0]} {first}; give files of one kind")
+        dtype = max((one.header.dtype for one in found), key=DTYPES.index)
+        low, high = min(one.low for one in found), max(one.high for one in found)
+        plural = "" if channels == 1 else "s"
+        yield f"{half}: {channels} channel{plural} of {dtype}, values {low:.6g} to {high:.6g}"
 
 
 def _describe(report: SplitReport) -> Iterable[str]:
@@ -129,9 +167,10 @@ def _describe(report: SplitReport) -> Iterable[str]:
         yield f"{report.name}: {report.files} files"
     else:
         yield f"{report.name}: {report.pairs} pairs; width x height of a half (pairs): {sizes}{more}"
+    yield from (f"  {line}" for line in report.others)
     converted = {kind: count for kind, count in report.kinds.items() if kind != "RGB"}
     if converted:
-        kinds = ", ".join(f"{count} {KINDS.get(kind, kind)}" for kind, count in converted.items())
+        kinds = ", ".join(f"{count} {kind}" for kind, count in converted.items())
         yield f"  converted to 8-bit RGB: {kinds}"
     if report.unread:
         yield f"  not read: {report.unread}"

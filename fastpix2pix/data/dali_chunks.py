@@ -20,7 +20,8 @@ from torch import Tensor
 from fastpix2pix.data import dali
 from fastpix2pix.data.jitter import jittered_chunks
 from fastpix2pix.data.options import LoaderOptions
-from fastpix2pix.data.pairs import Pair, read_rgb
+from fastpix2pix.data.pairs import Pair
+from fastpix2pix.data.pictures import read
 from fastpix2pix.data.plan import Chunk
 from fastpix2pix.data.resize import resize
 from fastpix2pix.errors import UserError
@@ -173,7 +174,7 @@ class DaliDecoder:
         """What to raise when a run on the pairs ``which`` failed: the file that either decoder refuses."""
         files = [(path, self.pairs[i].plain) for i in which for path in self.pairs[i].files]
         for path, _ in files:
-            read_rgb(path)  # raises UserError with Pillow's reason
+            read(path)  # raises UserError with Pillow's reason
         refused = {path: reason for path, plain in files if (reason := self._refusal(path, plain))}
         if not refused or len(refused) == len(files) > 1:
             return DaliFails(_reason(error))
@@ -231,7 +232,7 @@ def _encoded(path: Path, plain: bool) -> np.ndarray:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error}); replace or remove it") from error
     converted = BytesIO()
-    Image.fromarray(read_rgb(path)).save(converted, "PNG", compress_level=0)
+    Image.fromarray(read(path, 3)).save(converted, "PNG", compress_level=0)
     return np.frombuffer(converted.getvalue(), np.uint8)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastpix2pix.data.plan import Chunk
 from fastpix2pix.pixels import to_unit_range
 
-Images = Tensor | Sequence[Tensor]  # n of uint8 (height, width, 3)
+Images = Tensor | Sequence[Tensor]  # n of uint8 or float32 (height, width, channels)
 
 
 def jittered_chunks(
@@ -31,11 +31,11 @@ def jitter(
 ) -> Tensor:
     """Crops, flips left to right and normalises n images.
 
-    ``images`` are uint8 (height, width, 3) on any device; the arrays, all (n,), hold each crop's corner
-    and whether it is flipped. Returns (n, 3, crop_size, crop_size) in channels-last memory on the same
-    device, in [-1, 1].
+    ``images`` are uint8 (height, width, channels) on any device, or float32, which are normalised already;
+    the arrays, all (n,), hold each crop's corner and whether it is flipped. Returns (n, channels, crop_size,
+    crop_size) in channels-last memory on the same device, in [-1, 1].
     """
-    shape = len(images), crop_size, crop_size, 3
+    shape = len(images), crop_size, crop_size, images[0].shape[-1]
     crops = torch.empty(shape, dtype=dtype, device=images[0].device)
     scratch = torch.empty(shape[1:], device=crops.device)
     # One image at a time: a CPU then finds it in its cache from the first operation to the last.
@@ -43,8 +43,12 @@ def jitter(
         images, top.tolist(), left.tolist(), mirror.tolist(), crops, strict=True
     ):
         crop = image[y : y + crop_size, x : x + crop_size]
+        crop = crop.flip(1) if flipped else crop
+        if crop.is_floating_point():
+            result.copy_(crop)
+            continue
         pixels = result if dtype == torch.float32 else scratch
-        to_unit_range(pixels.copy_(crop.flip(1) if flipped else crop))
+        to_unit_range(pixels.copy_(crop))
         if pixels is scratch:
             result.copy_(scratch)
     return crops.permute(0, 3, 1, 2)

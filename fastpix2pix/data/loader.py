@@ -7,31 +7,31 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import tee
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastpix2pix.data.jitter import Images, jittered_chunks
-from fastpix2pix.data.options import Direction, Kind, LoaderOptions, Requested
-from fastpix2pix.data.pairs import Pair, find_pairs
+from fastpix2pix.data.options import Direction, Kind, LoaderOptions, Requested, oriented
+from fastpix2pix.data.pairs import Pair, Sides, find_pairs
 from fastpix2pix.data.plan import Chunk, GlobalBatch, epoch_plan, global_batches
 from fastpix2pix.data.resize import Interpolation, resize
+from fastpix2pix.data.sides import widest
 from fastpix2pix.errors import UserError
 from fastpix2pix.pixels import normalize
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Halves = tuple[Tensor, Tensor]  # A and B
 
 
 class Batch(NamedTuple):
     """What one training step takes of one rank, and where the stream of all ranks stands after it."""
 
-    source: Tensor  # (n, 3, crop_size, crop_size), channels-last memory, in [-1, 1]
-    target: Tensor  # as source
+    source: Tensor  # (n, input_nc, crop_size, crop_size), channels-last memory, in [-1, 1]
+    target: Tensor  # (n, output_nc, crop_size, crop_size)
     epoch: int  # store epoch and position in a checkpoint, and Loader.stream goes on from there
     position: int  # samples of this epoch consumed, by all ranks
     names: tuple[str, ...]
@@ -47,6 +47,7 @@ class Loader:
     """
 
     pairs: list[Pair]
+    sides: Sides  # of A and B, as all of their files hold them
     options: LoaderOptions
     kind: Kind
     device: torch.device
@@ -74,7 +75,8 @@ class Loader:
     @property
     def resized_bytes(self) -> int:
         """Of the whole data set, as the cache keeps it."""
-        return 2 * len(self.pairs) * self.options.load_size**2 * 3
+        pixel = sum(side.channels * side.kept_as.itemsize for side in self.sides)
+        return len(self.pairs) * self.options.load_size**2 * pixel
 
     def stream(self, epoch: int = 0, position: int = 0) -> Iterator[Batch]:
         """Batches from sample ``position`` of ``epoch`` on, over all later epochs.
@@ -151,6 +153,7 @@ class Loader:
         def resized(requests: Iterator[np.ndarray]) -> Iterator[Halves]:
             return resized_chunks(
                 self.pairs,
+                self.sides,
                 requests,
                 load_size=self.options.load_size,
                 interpolation=self.options.interpolation,
@@ -196,9 +199,12 @@ class Loader:
                 yield tuple(half.index_select(0, which) for half in self._cache)
 
     def _filled_cache(self, resized: Callable[[Iterator[np.ndarray]], Iterator[Halves]]) -> Halves:
-        """A and B of every pair on the device: uint8 (count, load_size, load_size, 3)."""
-        shape = (len(self.pairs), self.options.load_size, self.options.load_size, 3)
-        a, b = (torch.empty(shape, dtype=torch.uint8, device=self.device) for _ in range(2))
+        """A and B of every pair on the device: (count, load_size, load_size, channels)."""
+        shape = (len(self.pairs), self.options.load_size, self.options.load_size)
+        a, b = (
+            torch.empty((*shape, side.channels), dtype=side.kept_as, device=self.device)
+            for side in self.sides
+        )
         log.info(f"decoding {len(self.pairs)} pairs into a cache of {self.resized_bytes / 2**20:.0f} MiB")
         chunk_size = self.options.chunk_size(self.device)
         everything = np.arange(len(self.pairs))
@@ -223,11 +229,12 @@ def open_loader(
     Batches are of ``dtype``, in the memory of ``device``. Raises ``UserError`` for a data set or a loader
     that cannot be used.
     """
-    pairs = find_pairs(root, split)[: options.max_dataset_size]
+    pairs = find_pairs(root, split, options.sides)[: options.max_dataset_size]
     if len(pairs) < options.ranks:
         raise UserError(f"{root}: {len(pairs)} pairs do not give each of {options.ranks} processes one; use "
                         "fewer processes")  # fmt: skip
-    loader = Loader(pairs, options, _choose(options.loader), torch.device(device), dtype)
+    sides = widest(pair.sides[0] for pair in pairs), widest(pair.sides[1] for pair in pairs)
+    loader = Loader(pairs, sides, options, _choose(options.loader, sides), torch.device(device), dtype)
     log.info(f"{len(pairs)} pairs of {root}, {split}, decoded by the {loader.kind} loader")
     if options.cache_bytes and not loader.cached:
         log.warning(
@@ -237,8 +244,14 @@ def open_loader(
     return loader
 
 
-def _choose(requested: Requested) -> Kind:
+def _choose(requested: Requested, sides: Sides) -> Kind:
     if requested == "portable":
+        return "portable"
+    if others := [str(side) for side in sides if not side.plain]:
+        line = f"DALI reads 8-bit RGB, and the files hold {' and '.join(others)}"
+        if requested == "dali":
+            raise UserError(f"--loader dali: {line}; use --loader portable")
+        log.warning(f"{line}: the portable loader reads them")
         return "portable"
     try:
         import fastpix2pix.data.dali_chunks  # noqa: F401
@@ -257,21 +270,16 @@ def _instead_of_dali(requested: Requested, error: Exception) -> Kind:
     return "portable"
 
 
-def oriented(a: T, b: T, direction: Direction) -> tuple[T, T]:
-    """(source, target) of a pair."""
-    return (a, b) if direction == "AtoB" else (b, a)
-
-
 def load_pair(
     pair: Pair, *, direction: Direction, size: int, interpolation: Interpolation
 ) -> tuple[Tensor, Tensor]:
     """(source, target) of one pair without jitter: resized to ``size`` squared, as the tutorial tests.
 
-    Each is float32 (1, 3, size, size) in channels-last memory, in [-1, 1]. Decoded by Pillow, whichever
-    loader trains. Raises ``UserError`` naming a file that cannot be decoded.
+    Each is float32 (1, channels, size, size) in channels-last memory, in [-1, 1]. Decoded as by the portable
+    loader, whichever trains. Raises ``UserError`` naming a file that cannot be decoded.
     """
     a, b = (
-        normalize(resize(torch.from_numpy(half[None].copy()), size, interpolation), torch.float32)
-        for half in pair.read()
+        normalize(resize(side.kept(half), size, interpolation), torch.float32)
+        for side, half in zip(pair.sides, pair.read(), strict=True)
     )
     return oriented(a, b, direction)

@@ -1,12 +1,15 @@
 """How pairs of files become batches, as plain values."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 
 from fastpix2pix.data.resize import Interpolation
+from fastpix2pix.data.sides import Range, Side, check_range
 from fastpix2pix.errors import UserError
+
+T = TypeVar("T")
 
 Direction = Literal["AtoB", "BtoA"]
 Kind = Literal["dali", "portable"]
@@ -19,6 +22,14 @@ class LoaderOptions:
 
     direction: Direction = "BtoA"
     """"AtoB" makes A, the left half, the source and B the target."""
+    input_nc: int = 3
+    """Channels of the source ..."""
+    output_nc: int = 3
+    """... and of the target."""
+    input_range: Range | None = None
+    """The values of the source's files that become -1 and 1; of integers, by default, all that there are."""
+    output_range: Range | None = None
+    """The same of the target's."""
     load_size: int = 286
     """Every half is resized to this size squared ..."""
     crop_size: int = 256
@@ -48,6 +59,8 @@ class LoaderOptions:
             "crop_size": 1,
             "batch_size": 1,
             "num_threads": 1,
+            "input_nc": 1,
+            "output_nc": 1,
             "seed": 0,
             "rank": 0,
             "ranks": 1,
@@ -68,7 +81,24 @@ class LoaderOptions:
             if getattr(self, name) not in get_args(choices):
                 raise UserError(f"--{name} {getattr(self, name)}: give one of {', '.join(get_args(choices))}")
 
+        for name, values in {"input": self.input_range, "output": self.output_range}.items():
+            check_range(f"--{name}_range", values)
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """What A and B have to be."""
+        return oriented(
+            Side("input", self.input_nc, self.input_range),
+            Side("output", self.output_nc, self.output_range),
+            self.direction,
+        )
+
     def chunk_size(self, device: torch.device) -> int:
         """Pairs that are decoded in one run on ``device``."""
         chunk = self.chunk or (16 if device.type == "cpu" else 64)
         return max(1, chunk // self.batch_size) * self.batch_size
+
+
+def oriented(a: T, b: T, direction: Direction) -> tuple[T, T]:
+    """(source, target) of what belongs to A and to B; and (A, B) of source and target."""
+    return (a, b) if direction == "AtoB" else (b, a)

@@ -25,38 +25,46 @@ import torch
 from torch import Tensor
 
 from fastpix2pix.cores import usable_cores
-from fastpix2pix.data.pairs import Pair
+from fastpix2pix.data.pairs import Pair, Sides
 from fastpix2pix.data.resize import Interpolation, resize
 from fastpix2pix.errors import UserError
 from fastpix2pix.signals import STOPS
 
 log = logging.getLogger(__name__)
 
+Halves = tuple[Tensor, Tensor]  # A and B
+
 
 class ResizedPairs(NamedTuple):
-    """``decode(indices)`` reads and resizes a whole request."""
+    """``decode(indices)`` reads and resizes a whole request. sides: of A and B, as all files hold them."""
 
     pairs: list[Pair]
+    sides: Sides
     load_size: int
     interpolation: Interpolation
 
-    def decode(self, indices: np.ndarray, into: Tensor) -> None:
-        """Write A and B of the pairs to ``into``, uint8 (2, n, load_size, load_size, 3)."""
+    def decode(self, indices: np.ndarray, into: Halves) -> None:
+        """Write A and B of the pairs to ``into``, which is as ``empty`` makes it."""
         for number, i in enumerate(indices):
-            for half, image in enumerate(self.pairs[i].read()):
-                into[half, number] = self._resized(image)
+            for side, image, half in zip(self.sides, self.pairs[i].read(), into, strict=True):
+                half[number] = resize(side.kept(image), self.load_size, self.interpolation)[0]
 
-    def shape(self, indices: np.ndarray) -> tuple[int, ...]:
-        """Of the decoded ``indices``."""
-        return 2, len(indices), self.load_size, self.load_size, 3
-
-    def _resized(self, image: np.ndarray) -> Tensor:
-        pixels = torch.from_numpy(np.ascontiguousarray(image))[None]
-        return resize(pixels, self.load_size, self.interpolation)[0]
+    def empty(self, indices: np.ndarray, *, pinned: bool = False) -> Halves:
+        """Room for A and B: uint8 or float32 (n, load_size, load_size, channels), as ``Side.kept`` says."""
+        a, b = (
+            torch.empty(
+                (len(indices), self.load_size, self.load_size, side.channels),
+                dtype=side.kept_as,
+                pin_memory=pinned,
+            )
+            for side in self.sides
+        )
+        return a, b
 
 
 def resized_chunks(
     pairs: list[Pair],
+    sides: Sides,
     requests: Iterator[np.ndarray],
     *,
     load_size: int,
@@ -64,13 +72,14 @@ def resized_chunks(
     device: torch.device,
     num_threads: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each request (int64 (n,), indices into ``pairs``): (A, B), uint8 (n, load_size, load_size, 3).
+    """For each request (int64 (n,), indices into ``pairs``): (A, B), (n, load_size, load_size, channels),
+    uint8 of a side that is 8-bit RGB, else float32 in [-1, 1].
 
     Up to ``num_threads`` worker processes run ahead of the consumer; to a GPU the pixels travel from
     pinned memory. Where no process can be started, which is said, this one decodes. Raises ``UserError``
     naming the file that cannot be decoded, or when a worker ends.
     """
-    dataset = ResizedPairs(pairs, load_size, interpolation)
+    dataset = ResizedPairs(pairs, sides, load_size, interpolation)
     try:
         workers = _start(dataset, min(num_threads, usable_cores()))
     except OSError as error:
@@ -80,24 +89,24 @@ def resized_chunks(
         decoded = _decoded_by(workers, dataset, requests, device)
     with closing(decoded) as chunks:
         for chunk in chunks:
-            a, b = chunk.to(device, non_blocking=True)
+            a, b = (half.to(device, non_blocking=True) for half in chunk)
             yield a, b
 
 
 def _decoded_here(
     dataset: ResizedPairs, requests: Iterator[np.ndarray], device: torch.device
-) -> Iterator[Tensor]:
+) -> Iterator[Halves]:
     for indices in requests:
-        chunk = _empty(dataset, indices, device)
+        chunk = dataset.empty(indices, pinned=device.type == "cuda")
         dataset.decode(indices, chunk)
         yield chunk
 
 
-def _empty(dataset: ResizedPairs, indices: np.ndarray, device: torch.device) -> Tensor:
-    return torch.empty(dataset.shape(indices), dtype=torch.uint8, pin_memory=device.type == "cuda")
-
-
 # ------------------------------------------------------------------------------------------ processes
+
+
+def _bytes(half: Tensor) -> np.ndarray:
+    return half.numpy().reshape(-1).view(np.uint8)
 
 
 class Worker(NamedTuple):
@@ -110,12 +119,13 @@ class Worker(NamedTuple):
         except OSError as error:
             raise self._ended() from error
 
-    def answer(self, into: Tensor) -> None:
+    def answer(self, into: Halves) -> None:
         """Wait for the decoded request. Raises UserError for a file, or when the process has ended."""
         try:
             error = self.connection.recv()
             if error is None:
-                self.connection.recv_bytes_into(into.numpy().reshape(-1))
+                for half in into:
+                    self.connection.recv_bytes_into(_bytes(half))
         except (EOFError, OSError) as gone:
             raise self._ended() from gone
         if error is not None:
@@ -133,7 +143,7 @@ class Worker(NamedTuple):
 
 def _decoded_by(
     workers: list[Worker], dataset: ResizedPairs, requests: Iterator[np.ndarray], device: torch.device
-) -> Iterator[Tensor]:
+) -> Iterator[Halves]:
     """In the order of ``requests``, of which each worker has one."""
     asked: deque[tuple[Worker, np.ndarray]] = deque()
 
@@ -146,7 +156,7 @@ def _decoded_by(
             ask(worker, indices)
         while asked:
             worker, indices = asked.popleft()
-            chunk = _empty(dataset, indices, device)
+            chunk = dataset.empty(indices, pinned=device.type == "cuda")
             worker.answer(chunk)
             if (following := next(requests, None)) is not None:
                 ask(worker, following)
@@ -211,7 +221,7 @@ def _work(parent: int, dataset: ResizedPairs, connection: Connection, inherited:
     with suppress(EOFError, OSError):
         while True:
             indices = connection.recv()
-            chunk, error = torch.empty(dataset.shape(indices), dtype=torch.uint8), None
+            chunk, error = dataset.empty(indices), None
             try:
                 dataset.decode(indices, chunk)
             except UserError as refusal:
@@ -220,4 +230,5 @@ def _work(parent: int, dataset: ResizedPairs, connection: Connection, inherited:
                 error = UserError("no memory to decode images; give fewer --num_threads, or --cache 0")
             connection.send(error)
             if error is None:
-                connection.send_bytes(chunk.numpy().reshape(-1))
+                for half in chunk:
+                    connection.send_bytes(_bytes(half))

@@ -1,4 +1,4 @@
-"""Resizing of 8-bit images, the same on every device: the tutorial's nearest and Pillow's bicubic.
+"""Resizing, of 8-bit images the same on every device: the tutorial's nearest and Pillow's bicubic.
 
 DALI resizes by nearest neighbour itself wherever its pixels are these; its cubic differs from Pillow's by a
 level or two. Here a GPU does both filters in integers, so that tests on CPU tensors prove the GPU's pixels,
@@ -19,7 +19,8 @@ FRACTION_BITS = 22  # Pillow's fixed point: 32 bits less 8 for the pixel and 2 f
 
 
 def resize(images: Tensor, size: int, interpolation: Interpolation) -> Tensor:
-    """``images`` uint8 (n, height, width, 3) -> uint8 (n, size, size, 3) on the same device.
+    """``images`` uint8 (n, height, width, 3) -> uint8 (n, size, size, 3) on the same device; or, on a CPU,
+    float32 of any channels in [-1, 1] -> float32.
 
     ``nearest`` is ``tf.image.resize(..., NEAREST_NEIGHBOR)`` as the tutorial calls it. ``bicubic`` is
     ``PIL.Image.resize(..., BICUBIC)``, antialiasing included, along the rows first as Pillow before 13
@@ -30,6 +31,8 @@ def resize(images: Tensor, size: int, interpolation: Interpolation) -> Tensor:
     if interpolation == "nearest":
         rows, columns = (nearest_indices(n, size, images.device) for n in images.shape[1:3])
         return images.index_select(1, rows).index_select(2, columns)
+    if images.dtype == torch.float32:
+        return float_bicubic(images, size)
     return pillow_bicubic(images, size) if images.device.type == "cpu" else integer_bicubic(images, size)
 
 
@@ -46,6 +49,17 @@ def pillow_bicubic(images: Tensor, size: int) -> Tensor:
         along_rows = Image.fromarray(image).resize((size, image.shape[0]), Image.Resampling.BICUBIC)
         out[:] = along_rows.resize((size, size), Image.Resampling.BICUBIC)
     return resized
+
+
+def float_bicubic(images: Tensor, size: int) -> Tensor:
+    """Bicubic by Pillow in float32, channel by channel; what overshoots [-1, 1] ends there, as 8 bits do."""
+    resized = torch.empty(len(images), size, size, images.shape[-1])
+    for image, out in zip(images.numpy(), resized.numpy(), strict=True):
+        for channel in range(image.shape[-1]):
+            plane = Image.fromarray(np.ascontiguousarray(image[..., channel]))
+            along_rows = plane.resize((size, plane.height), Image.Resampling.BICUBIC)
+            out[..., channel] = along_rows.resize((size, size), Image.Resampling.BICUBIC)
+    return resized.clamp_(-1, 1)
 
 
 def integer_bicubic(images: Tensor, size: int) -> Tensor:

@@ -19,6 +19,8 @@ def build_generator(options: NetworkOptions) -> UNetGenerator:
     dropout: dict[str, Any] = {"dropout": 0.0} if options.no_dropout else {}
     generator = UNetGenerator(
         options.preset,
+        options.input_nc,
+        options.output_nc,
         ngf=options.ngf,
         num_downs=options.num_downs,
         norm=options.norm,
@@ -41,7 +43,11 @@ def build_networks(
     """Freshly initialised networks, the same for the same seed on every device."""
     generator = build_generator(options)
     discriminator = PatchDiscriminator(
-        options.preset, ndf=options.ndf, n_layers=options.n_layers_D, norm=options.norm
+        options.preset,
+        options.input_nc + options.output_nc,
+        ndf=options.ndf,
+        n_layers=options.n_layers_D,
+        norm=options.norm,
     )
     _initialise(discriminator, options)
     return generator.to(device), discriminator.to(device)

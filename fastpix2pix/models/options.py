@@ -32,6 +32,8 @@ class NetworkOptions:
     ndf: int = 64
     n_layers_D: int = 3  # noqa: N815
     norm: Norm = "batch"
+    input_nc: int = 3
+    output_nc: int = 3
     no_dropout: bool = False
     init_type: InitType = "normal"
     init_gain: float = 0.02
@@ -41,7 +43,7 @@ class NetworkOptions:
         find_preset(self.preset)
         if self.netG not in GENERATOR_DEPTHS:
             raise UserError(f"--netG {self.netG}: unknown; choose one of {', '.join(GENERATOR_DEPTHS)}")
-        for field in ("ngf", "ndf", "n_layers_D"):
+        for field in ("ngf", "ndf", "n_layers_D", "input_nc", "output_nc"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"--{field} {value}: give a whole number of at least 1")

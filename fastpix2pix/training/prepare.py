@@ -52,15 +52,21 @@ class PreparedStep:
         """The type of images that the step takes."""
         return WORKING_TYPES[self.precision]
 
-    def capture(self, shapes: Sequence[tuple[int, int, int, int]]) -> None:
-        """Capture every shape of (N, C, H, W) images that a run will meet, before anything else that uses the
-        GPU is started; nothing where steps run eagerly."""
+    def capture(self, shapes: Sequence[tuple[int, int, int]]) -> None:
+        """Capture every (N, H, W) of images that a run will meet, before anything else that uses the GPU is
+        started; nothing where steps run eagerly."""
         if not isinstance(self.run, CapturedStep):
             return
-        for shape in shapes:
-            blank = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            blank = blank.contiguous(memory_format=torch.channels_last)
-            self.run.capture(blank, blank.clone(memory_format=torch.preserve_format))
+        generator = self.step.generator
+        assert isinstance(generator, UNetGenerator)
+        for n, h, w in shapes:
+            source, target = (
+                torch.zeros((n, c, h, w), dtype=self.dtype, device=self.device).contiguous(
+                    memory_format=torch.channels_last
+                )
+                for c in (generator.in_channels, generator.out_channels)
+            )
+            self.run.capture(source, target)
 
     def release(self) -> None:
         """Let go of all graphs, before the ranks of a training leave their group."""
@@ -181,6 +187,7 @@ def prepare_step(
                 say=say,
             ).graph
             torch.cuda.empty_cache()  # what the check took is free again before training allocates
+        graph = not ranks.agree(not graph)  # capturing takes exchanges that an eager step has not
     else:
         keep_freed_memory()
     step = TrainStep(generator.to(device), discriminator.to(device), options, ranks.exchange)

@@ -109,7 +109,7 @@ def full_precision(network: nn.Module, optimizer: dict) -> dict[str, Tensor]:
 def check_architecture(config: TrainConfig, state: dict, path: Path) -> None:
     """Raise UserError when the checkpoint at ``path`` is of other networks than ``config``'s."""
     for field in ARCHITECTURE:
-        mine, theirs = getattr(config, field), state["config"].get(field)
+        mine, theirs = getattr(config, field), state["config"].get(field, getattr(TrainConfig, field))
         if mine != theirs:
             raise UserError(
                 f"--{field} {mine}: {path} was trained with {theirs}; drop the flag, or start another run "

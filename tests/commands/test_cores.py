@@ -118,7 +118,7 @@ def test_a_busy_machine_is_told_to_use_fewer_threads(threads, got, advice):
 def parsed(argv: list[str], monkeypatch) -> TrainConfig:
     configs: list[TrainConfig] = []
 
-    def command(config: TrainConfig) -> None:
+    def command(config: TrainConfig, ranks: object) -> None:
         configs.append(config)
 
     monkeypatch.setattr(train, "train", command)

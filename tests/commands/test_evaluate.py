@@ -149,8 +149,8 @@ def test_a_difference_counts_beyond_its_interval():
 
 
 def test_equal_images_are_infinitely_close_and_json_says_null(runs, pairs, tmp_path, capsys, monkeypatch):
-    def wanted(generated, target):
-        return metrics(target, target)
+    def wanted(generated, target, span):
+        return metrics(target, target, span)
 
     metrics = evaluate.image_metrics
     monkeypatch.setattr(evaluate, "image_metrics", wanted)

@@ -118,7 +118,8 @@ LAYERS = [
     " perceptual page",
     "kernels",
     "models losses acceleration rewriting",
-    "training data config checkpoint monitor loss_table wandb_run report gallery cli interop translator",
+    "training data config checkpoint monitor loss_table wandb_run report gallery cli interop translator"
+    " picture_model",
 ]
 """From the bottom up, where the package's own ``__init__`` is too; a module may import its own layer and
 those below. What is not named here is a command: it lies above them all."""

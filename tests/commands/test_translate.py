@@ -112,6 +112,12 @@ def test_grey_image_is_repeated(run):
     assert np.array_equal(np.asarray(model(Image.fromarray(grey))), repeated)
 
 
+def test_16_bits_are_scaled_by_what_they_can_hold(run):
+    model, image = fastpix2pix.load(run), noise(32, 32)
+    generated = model(image.astype(np.uint16) * 257)
+    assert generated.dtype == np.uint8 and np.abs(generated.astype(int) - model(image)).max() <= 1
+
+
 def test_networks_with_one_channel(tmp_path):
     network = UNetGenerator("junyanz", 1, 1, ngf=4, num_downs=5)
     torch.save(junyanz.export_weights(network), tmp_path / "latest_net_G.pth")
@@ -175,7 +181,8 @@ def test_weights_of_keras(tmp_path):
 
 WRONG_IMAGES = {
     "float array": noise(8, 8) / 255,
-    "16-bit array": noise(8, 8).astype(np.uint16),
+    "16-bit grey array": noise(8, 8)[..., 0].astype(np.uint16),
+    "32-bit array": noise(8, 8).astype(np.int32),
     "4 dimensions": noise(8, 8)[None],
     "RGBA array": np.zeros((8, 8, 4), np.uint8),
     "no pixel": np.zeros((0, 8, 3), np.uint8),

@@ -28,7 +28,7 @@ def test_on_a_cpu_the_step_is_the_step_itself():
         "kernels": "PyTorch",
         "deep_conv": "library",
     }
-    prepared.capture([(1, 3, 32, 32)])  # nothing to capture
+    prepared.capture([(1, 32, 32)])  # nothing to capture
     expected = TrainStep(*build_networks(SMALL), StepOptions(precision="bf16"))
     images = [image.bfloat16() for image in random_pairs(1, 32)[0]]
     assert torch.equal(torch.stack(prepared.run(*images)), torch.stack(expected(*images)))
@@ -87,7 +87,7 @@ def test_every_shape_is_captured_before_anything_else(monkeypatch):
     run = CapturedStep(step, Graph())
     before = [tensor.clone() for tensor in step.state()]
     prepared = prepare.PreparedStep(step, run, torch.device("cpu"), "fp32")
-    prepared.capture([(3, 3, 32, 32), (2, 3, 32, 32)])
+    prepared.capture([(3, 32, 32), (2, 32, 32)])
     assert [key[0] for key in run._captured] == [(3, 3, 32, 32), (2, 3, 32, 32)]
     for tensor, value in zip(step.state(), before, strict=True):
         assert torch.equal(tensor, value)

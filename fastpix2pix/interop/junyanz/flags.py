@@ -92,12 +92,8 @@ _PREPROCESS = Flag(
         "size and give none or crop",
     ),
 )
-_CHANNELS = Only({"3": ()}, "images are RGB here; grey ones are read as such, so leave the flag out")
-
 _BOTH: dict[str, Meaning] = {
     "gpu_ids": Read("`--device`: -1 is `cpu`, 0 is `cuda:0`; several: `torchrun`"),
-    "input_nc": _CHANNELS,
-    "output_nc": _CHANNELS,
     "display_winsize": LeftOut(REPORT),
     "verbose": LeftOut("print(fastpix2pix.load(RUN).generator) shows the network"),
     "suffix": Read("is put behind `--name`, after an underscore, with its {flags} filled in"),
@@ -115,7 +111,7 @@ TRAIN: dict[str, Meaning] = _BOTH | {
         for name in (
             *("dataroot", "name", "checkpoints_dir", "ngf", "ndf", "n_layers_D", "init_type", "init_gain"),
             *("no_dropout", "direction", "serial_batches", "batch_size", "load_size", "crop_size"),
-            *("max_dataset_size", "no_flip", "use_wandb", "wandb_project_name"),
+            *("input_nc", "output_nc", "max_dataset_size", "no_flip", "use_wandb", "wandb_project_name"),
             *("display_freq", "print_freq", "save_latest_freq", "save_epoch_freq", "continue_train"),
             *("n_epochs", "n_epochs_decay", "beta1", "lr", "lr_decay_iters", "lambda_L1"),
         )
@@ -197,7 +193,7 @@ TEST: dict[str, Meaning] = _BOTH | {
     **dict.fromkeys(
         (
             *("ngf", "ndf", "netD", "n_layers_D", "norm", "init_type", "init_gain", "load_size"),
-            *("crop_size", "no_flip", "loadSize", "fineSize", "which_model_netD"),
+            *("crop_size", "no_flip", "loadSize", "fineSize", "which_model_netD", "input_nc", "output_nc"),
         ),
         LeftOut(KNOWN),
     ),
