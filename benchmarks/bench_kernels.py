@@ -164,7 +164,7 @@ def adam_calls(count: int) -> Calls:
     weight.grad = gradient.float()
 
     def ours() -> Tensor:
-        adam.advance(ticking, form)
+        adam.advance(adam.Tick(ticking, form))
         adam.update([parameter], [gradient], ticking, form)
         return master if working is None else working
 

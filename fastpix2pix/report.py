@@ -264,6 +264,7 @@ figure { margin: 0; }
 .charts figcaption { font-weight: 600; }
 code { color: var(--faint); font-weight: 400; font-size: .85em; }
 svg { display: block; width: 100%; height: auto; font-size: 12px; }
+@media (max-width: 40rem) { svg { font-size: 19px; } }  /* the picture shrinks, its text should not */
 svg text { fill: var(--faint); }
 .grid { stroke: var(--line); }
 .curve { fill: none; stroke: var(--accent); stroke-width: 1.8; stroke-linejoin: round; }

@@ -144,13 +144,14 @@ def stop_requests(stop_waiting: Callable[[], None] | None, *, quiet: bool = Fals
             signal.signal(number, signal.SIG_IGN if stop_waiting is None else handler)
         signal.set_wakeup_fd(previous_descriptor)
         _listening.remove(requests)
-        theirs.close()
+        theirs.shutdown(socket.SHUT_RDWR)  # close alone ends nothing where a forked process has it too
         watcher.join()
+        theirs.close()
         ours.close()
 
 
 def _watch(descriptor: socket.socket, numbers: list[int], requests: StopRequests, quiet: bool) -> None:
-    """Answer the numbers of signals as they arrive, until the other end is closed."""
+    """Answer the numbers of signals as they arrive, until the other end is shut down."""
     first, since = None, 0.0
     while arrived := descriptor.recv(1):
         # "timeout" and schedulers signal the process and then its group: that is one request.

@@ -260,9 +260,12 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
         block = environment_block()
         state = training_state(step, config, block, at)
         check_finite(state)  # it must not displace a good one
-        if ranks.first:
+
+        def write() -> None:
             checkpoint.save(folder, at.steps, state, config.keep_checkpoints)
             run_folder.write_environment(block, folder)  # the loader may have fallen back
+
+        ranks.first_decides(write)
         monitor.report()
 
     stopped = f"the run goes on with --continue_train --name {config.name}"
@@ -283,9 +286,9 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
     undo = Undo(step) if alone and prepared.run is step else None
     share = CoreShare(torch.get_num_threads())
     failure = ""
-    # Of an error within a step, the state in memory is neither the old nor the new one; of one elsewhere than
-    # in the loader other ranks do not know, so that they don't save.
-    within_step, verdict = False, 0
+    # Of an error within a step, the state in memory is neither the old nor the new one. Of one elsewhere than
+    # in the loader the other ranks do not know: they neither save with this one nor part from it.
+    within_step, verdict, known_to_all = False, 0, alone
     with stop_requests(stop_waiting if alone else None, quiet=not ranks.first) as stops:
         try:
             while at.steps < total and not (alone and stops):
@@ -294,11 +297,14 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
                     with stops.waiting():
                         batch = next(stream)
                 except Exception:
-                    verdict = ranks.agree(FAILED)
+                    verdict, known_to_all = ranks.agree(FAILED), True
                     raise
                 monitor.waited(time.perf_counter() - began)
                 if not alone and (verdict := ranks.agree(stops.received[0] if stops else 0)):
-                    stops.agree_on(verdict)
+                    if verdict == FAILED:
+                        failure = "error: another process of this training can't go on"
+                    else:
+                        stops.agree_on(verdict)
                     break
                 lr = config.lr_at(at.epoch)
                 step.set_lr(lr)
@@ -318,7 +324,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
                 if at.steps % config.save_latest_freq == 0 or ends_epochs(at, config.save_epoch_freq):
                     save()
             stops.settle()
-            if at.steps > first and at.steps % config.display_freq and not stops:
+            if at.steps > first and at.steps % config.display_freq and not (stops or failure):
                 monitor.show_samples(at.steps, lr, step)
             if at.steps > tried:
                 save()
@@ -326,27 +332,28 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
             failure = f"error: {error}"
             raise
         except Exception as error:
+            failure = f"error: {error}"
             if within_step and undo is not None and undo.take_back():
                 within_step = False
-            if at.steps > tried and not within_step and (alone or verdict):
-                save_in_spite_of(save, at.steps)
-            if verdict:
+            if at.steps > tried and not within_step and known_to_all:
+                known_to_all = save_in_spite_of(save, at.steps)
+            if known_to_all:
                 ranks.part()
-            failure = f"error: {error}"
             raise
         finally:
             monitor.close()
             line, code = f"done: {at.steps} steps; checkpoints and samples are in {folder}", 0
-            if stops if alone else verdict:
+            if failure:
+                line, code = failure, 2
+            elif stops if alone else verdict:
                 line, code = f"stopped at step {at.steps}; {stopped}", stops.exit_code
-            with limited(*((failure, 2) if failure else (line, code))):  # a decoder may wait for ever
+            with limited(line, code):  # a decoder may wait for ever
                 loader.close()
             prepared.release()
         stops.finish()
         ranks.part()
-    if verdict == FAILED:
-        sys.exit(2)
-    print(line)
+    if not failure:  # else the process that met it says so
+        print(line)
     if code:
         sys.exit(code)
 
@@ -365,14 +372,15 @@ def ends_epochs(at: Position, every: int | None) -> bool:
     return every is not None and at.sample == 0 and at.epoch % every == 0
 
 
-def save_in_spite_of(save: Callable[[], None], steps: int) -> None:
-    """Save what was learnt before an error ends the training, where that can be done."""
+def save_in_spite_of(save: Callable[[], None], steps: int) -> bool:
+    """Save what was learnt before an error ends the training, where that can be done: whether it was."""
     try:
         save()
     except Exception as error:
         say(f"step {steps} could not be saved: {error}")
-    else:
-        say(f"step {steps} is saved; --continue_train goes on from it")
+        return False
+    say(f"step {steps} is saved; --continue_train goes on from it")
+    return True
 
 
 def goes_on(folder: Path) -> bool:

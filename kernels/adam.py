@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastpix2pix.kernels import reference
-from fastpix2pix.kernels.adam_kernels import adam_advance, adam_mark_non_finite, adam_update
+from fastpix2pix.kernels.adam_kernels import Rates, adam_advance, adam_mark_non_finite, adam_update
 from fastpix2pix.kernels.launch import launch, use_triton
 from fastpix2pix.kernels.tiles import cdiv
 
@@ -80,28 +80,40 @@ class AdamClock(NamedTuple):
         return cls(step, lr, alpha, eps_hat, torch.full_like(step, _FAR))
 
 
-def advance(clock: AdamClock, form: AdamForm, found_inf: Tensor | None = None) -> None:
-    """Count one step, unless ``found_inf`` is non-zero, and set alpha and eps_hat for it."""
-    if use_triton(clock.step):
+class Tick(NamedTuple):
+    """One parameter group that begins a step. found_inf: float32 scalar, or None without a loss scale."""
+
+    clock: AdamClock
+    form: AdamForm
+    found_inf: Tensor | None = None
+
+
+def advance(*ticks: Tick) -> None:
+    """Count one step of each clock whose ``found_inf`` is not non-zero, and set alpha and eps_hat for it.
+
+    All in one launch, on one device.
+    """
+    if use_triton(ticks[0].clock.step):
+        clocks, forms, found_infs = zip(*ticks, strict=True)
         launch(
             adam_advance,
             (1,),
-            clock,
-            found_inf,
-            LOG2_BETA1=_log2(form.beta1),
-            LOG2_BETA2=_log2(form.beta2),
-            EPS=form.eps,
-            KERAS_EPS=form.keras_eps,
+            clocks,
+            found_infs,
+            RATES=tuple(
+                Rates(_log2(form.beta1), _log2(form.beta2), form.eps, form.keras_eps) for form in forms
+            ),
             num_warps=1,
-            reads=(clock.step, clock.lr, found_inf),
-            writes=(clock.step, clock.alpha, clock.eps_hat),
+            reads=(*(number for clock in clocks for number in (clock.step, clock.lr)), *found_infs),
+            writes=[number for clock in clocks for number in (clock.step, clock.alpha, clock.eps_hat)],
         )
         return
-    clock.step.add_(1 if found_inf is None else found_inf == 0)
-    t = clock.step.to(torch.float64)
-    root_c2 = (1 - torch.pow(form.beta2, t)).sqrt()
-    clock.alpha.copy_(clock.lr * root_c2 / (1 - torch.pow(form.beta1, t)))
-    clock.eps_hat.copy_(torch.full_like(root_c2, form.eps) if form.keras_eps else form.eps * root_c2)
+    for clock, form, found_inf in ticks:
+        clock.step.add_(1 if found_inf is None else found_inf == 0)
+        t = clock.step.to(torch.float64)
+        root_c2 = (1 - torch.pow(form.beta2, t)).sqrt()
+        clock.alpha.copy_(clock.lr * root_c2 / (1 - torch.pow(form.beta1, t)))
+        clock.eps_hat.copy_(torch.full_like(root_c2, form.eps) if form.keras_eps else form.eps * root_c2)
 
 
 def _log2(beta: float) -> float:
@@ -208,7 +220,7 @@ def _launches(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     """The indices of ``tensors`` launch by launch: large ones alone, small ones together.
 
     Those whose size is no multiple of ``DIVISOR`` (the networks' last biases) would cost the others their
-    vectors: they share launches of their own.
+    vectors: they share launches of their own, unless the others are norms' and biases too, a block at most.
     """
     whole, odd = [], []
     for index, tensor in enumerate(tensors):
@@ -216,6 +228,8 @@ def _launches(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
             yield [index]
         else:
             (odd if tensor.numel() % DIVISOR else whole).append(index)
+    if all(tensors[index].numel() <= BLOCK for index in whole):
+        whole, odd = [*whole, *odd], []
     for small in (whole, odd):
         for start in range(0, len(small), MAX_TENSORS):
             yield small[start : start + MAX_TENSORS]

@@ -8,18 +8,30 @@ Arguments:
   the network computes with the masters.
 * remainders: tuple of pointers to int16 vectors, the low halves of split masters; else None.
 * sizes: tuple of the vectors' lengths.
-* clock: an ``adam.AdamClock`` of pointers to scalars.
-* grad_scale, found_inf: pointers to float32 scalars, or None without a loss scale.
+* clock: an ``adam.AdamClock`` of pointers to scalars. clocks: a tuple of them.
+* grad_scale, found_inf: pointers to float32 scalars, or None without a loss scale. found_infs: a tuple, one
+  for each clock.
 
 Compile-time constants:
 
-* BETA1, BETA2, EPS, KERAS_EPS: those of an ``adam.AdamForm``; LOG2_BETA1, LOG2_BETA2: their logarithms.
+* BETA1, BETA2: those of an ``adam.AdamForm``. RATES: a tuple of ``Rates``, one for each clock.
 * BLOCK: elements of one program (``adam.BLOCK``).
 
 Programs are numbered through the blocks of the first vector, then those of the second, and so on.
 """
 
+from typing import NamedTuple
+
 from fastpix2pix.kernels.language import tl, triton
+
+
+class Rates(NamedTuple):
+    """An ``adam.AdamForm`` as compile-time constants, with the logarithms of both betas."""
+
+    log2_beta1: float
+    log2_beta2: float
+    eps: float
+    keras_eps: bool
 
 
 @triton.jit
@@ -126,28 +138,25 @@ def adam_update(
 
 
 @triton.jit
-def adam_advance(
-    clock,
-    found_inf,
-    LOG2_BETA1: tl.constexpr,
-    LOG2_BETA2: tl.constexpr,
-    EPS: tl.constexpr,
-    KERAS_EPS: tl.constexpr,
-):
-    """Counts a step in the clock and computes alpha and eps_hat for it.
+def adam_advance(clocks, found_infs, RATES: tl.constexpr):
+    """Counts a step in each clock and computes alpha and eps_hat for it.
 
     One program, once a step, so that no program of ``adam_update`` has to raise anything to a power in fp64.
     """
-    step = tl.load(clock.step)
-    if found_inf is not None:
-        step += tl.load(found_inf) == 0.0
-    else:
-        step += 1
-    t = step.to(tl.float64)
-    root_c2 = tl.sqrt(1 - tl.exp2(t * LOG2_BETA2))
-    tl.store(clock.step, step)
-    tl.store(clock.alpha, tl.load(clock.lr) * root_c2 / (1 - tl.exp2(t * LOG2_BETA1)))
-    tl.store(clock.eps_hat, tl.full((), EPS, tl.float64) if KERAS_EPS else EPS * root_c2)
+    for i in tl.static_range(len(clocks)):
+        clock, found_inf, rates = clocks[i], found_infs[i], RATES[i]
+        step = tl.load(clock.step)
+        if found_inf is not None:
+            step += tl.load(found_inf) == 0.0
+        else:
+            step += 1
+        t = step.to(tl.float64)
+        root_c2 = tl.sqrt(1 - tl.exp2(t * rates.log2_beta2))
+        tl.store(clock.step, step)
+        tl.store(clock.alpha, tl.load(clock.lr) * root_c2 / (1 - tl.exp2(t * rates.log2_beta1)))
+        tl.store(
+            clock.eps_hat, tl.full((), rates.eps, tl.float64) if rates.keras_eps else rates.eps * root_c2
+        )
 
 
 @triton.jit

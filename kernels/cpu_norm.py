@@ -3,13 +3,22 @@
 An instance norm is a batch norm of views: of (1, N * C, H, W) where the images are contiguous, and of one
 image at a time where they are channels-last, which ``F.instance_norm`` copies to contiguous memory and leaves
 there. The activation works in place on the norm's result, which has the sign that its gradient asks for.
+
+Our own networks, whose images are channels-last and may be 16-bit, take ``epilogue_forward`` and
+``epilogue_backward``: the reference's results, rounded once like those, in half as many passes over memory.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpix2pix.kernels.reference import NormActBackward, NormActConfig, NormActForward
+from fastpix2pix.kernels.reference import (
+    NormActBackward,
+    NormActConfig,
+    NormActForward,
+    compute_dtype,
+    dropout_mask,
+)
 
 channels_last = torch.channels_last
 
@@ -186,3 +195,132 @@ class _ImageByImage(torch.autograd.Function):
     def backward(ctx, dy):
         gradients = _backward_by_group(dy, *ctx.saved_tensors, ctx.eps, any(ctx.needs_input_grad[1:3]))
         return *gradients, None
+
+
+# --------------------------------------------------------------------------------- of our own networks
+
+
+def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, config: NormActConfig) -> bool:
+    """Whether ``epilogue_forward`` and ``epilogue_backward`` compute what the reference does.
+
+    A norm by statistics of more than a value, or an activation alone.
+    """
+    if x.device.type != "cpu":
+        return False
+    if not config.norm:
+        return bias is None and not config.dropout and config.skip_slope in (None, config.slope)
+    known = weight is None or weight.dtype == compute_dtype(x.dtype)
+    return known and config.training and x.numel() > config.groups * x.shape[1]
+
+
+def epilogue_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    rng: Tensor | None,
+    config: NormActConfig,
+    out: Tensor | None = None,
+    skip_out: Tensor | None = None,
+) -> NormActForward:
+    """``reference.norm_act_forward`` for what is ``serves``d."""
+    y = torch.empty_like(x, memory_format=channels_last) if out is None else out
+    skip = None
+    if config.skip_slope is not None:
+        skip = torch.empty_like(x, memory_format=channels_last) if skip_out is None else skip_out
+    if not config.norm:
+        torch.ops.aten.leaky_relu.out(x, config.slope, out=y)
+        return NormActForward(y, skip if skip is None else skip.copy_(y), None, None)
+    (n, c, h, w), groups, dtype = x.shape, config.groups, compute_dtype(x.dtype)
+    values = n * h * w // groups
+    mask = dropout_mask(x, config.dropout, rng, config.layer) if config.dropout else None
+    mean, rstd, own_mean, own_var = x.new_zeros(4, groups, c, dtype=dtype)
+    for group, part in enumerate(_parts(n, groups)):
+        # With a momentum of 1, running statistics are the batch's; PyTorch's variance is the unbiased one.
+        own = own_mean[group], own_var[group]
+        z, mean[group], rstd[group] = torch.native_batch_norm(
+            _wide(x[part]), weight, bias, *own, True, 1.0, config.eps
+        )
+        if running_mean is not None:
+            if not config.unbiased:
+                own[1].mul_((values - 1) / values)
+            running_mean.lerp_(own[0].to(running_mean.dtype), config.momentum)
+            running_var.lerp_(own[1].to(running_var.dtype), config.momentum)
+        if mask is not None:
+            z *= mask[part]
+        if skip is not None and config.skip_slope != config.slope:
+            skip[part] = F.leaky_relu(z, config.skip_slope)
+        y[part] = activate(z, config.slope)
+    if skip is not None and config.skip_slope == config.slope:
+        skip.copy_(y)
+    return NormActForward(y, skip, mean, rstd)
+
+
+def epilogue_backward(
+    dy: Tensor | None,
+    dskip: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    rng: Tensor | None,
+    config: NormActConfig,
+    needs_affine: bool = True,
+) -> NormActBackward:
+    """``reference.norm_act_backward`` for what is ``serves``d, of at least one gradient."""
+    gradients = [(g, s) for g, s in ((dy, config.slope), (dskip, config.skip_slope)) if g is not None]
+    if not config.norm and len(gradients) == 1:  # of an activation in 16 bits, rounded once too
+        dx = torch.ops.aten.leaky_relu_backward(gradients[0][0], x, config.slope, False)
+        return NormActBackward(dx.contiguous(memory_format=channels_last), None, None)
+    n, groups = x.shape[0], 1 if mean is None else len(mean)
+    dx, totals = torch.empty_like(x, memory_format=channels_last), [None, None]
+    mask = dropout_mask(x, config.dropout, rng, config.layer) if config.dropout else None
+    wants_affine = needs_affine and weight is not None
+    for group, part in enumerate(_parts(n, groups)):
+        wide = _wide(x[part])
+        saved = None if mean is None else (mean[group : group + 1], rstd[group : group + 1])
+        z = wide if saved is None else _affine(wide, weight, bias, *saved)
+        dz = _through_activation([(g[part], slope) for g, slope in gradients], z)
+        if mask is not None:
+            dz *= mask[part]
+        if saved is None:
+            dx[part] = dz
+            continue
+        dx[part], *affine = torch.ops.aten.native_batch_norm_backward(
+            dz,
+            wide,
+            weight,
+            None,
+            None,
+            mean[group],
+            rstd[group],
+            True,
+            config.eps,
+            [True, wants_affine, wants_affine],
+        )
+        if wants_affine:
+            totals = affine if group == 0 else [total + t for total, t in zip(totals, affine, strict=True)]
+    return NormActBackward(dx, *totals)
+
+
+def _parts(n: int, groups: int) -> list[slice]:
+    """The images of each group."""
+    size = n // groups
+    return [slice(i * size, (i + 1) * size) for i in range(groups)]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(compute_dtype(x.dtype), memory_format=channels_last)
+
+
+def _through_activation(gradients: list[tuple[Tensor, float]], z: Tensor) -> Tensor:
+    """The gradient of z from those of its activations with several slopes."""
+    (first, slope), *others = gradients
+    if others and others[0][1] == slope:
+        first, others = first.to(z.dtype) + others[0][0], []
+    dz = torch.ops.aten.leaky_relu_backward(first.to(z.dtype), z, slope, False)
+    for gradient, other_slope in others:
+        dz += torch.ops.aten.leaky_relu_backward(gradient.to(z.dtype), z, other_slope, False)
+    return dz

@@ -38,9 +38,9 @@ from fastpix2pix.kernels.deep_conv_kernels import (
 from fastpix2pix.kernels.images import as_pixels, image_pointer
 from fastpix2pix.kernels.language import INTERPRETING, ImagePointer, tl
 from fastpix2pix.kernels.launch import launch, use_triton
-from fastpix2pix.kernels.norm_act import norm_act_backward, norm_act_forward
+from fastpix2pix.kernels.norm_act import in_one_launch, norm_act_backward, norm_act_forward
 from fastpix2pix.kernels.reference import NormActConfig
-from fastpix2pix.kernels.tiles import FEW_PIXELS, cdiv, next_power_of_2
+from fastpix2pix.kernels.tiles import cdiv, next_power_of_2, pipelined_trips
 
 MAX_PIXELS = 256
 """The most pixels of a deep layer's small image, the whole batch together."""
@@ -122,8 +122,8 @@ def choose_product_tile(pixels: int, itemsize: int) -> ProductTile:
     In 16 bit 64 channels, the rows of one instruction of Hopper's and Blackwell's tensor cores, which so
     serve however few the pixels are. The weight streams through shared memory: with few pixels the registers
     (at most 80) leave room for many programs and the stages keep 25 kB of each one under way; with more, the
-    sums take the registers (at most 128), a program has more arithmetic for each byte, and fewer stages will
-    do.
+    sums take the registers (at most 128) and the image's blocks as much shared memory as the weight's, so
+    that 5 stages (40 kB) leave two programs to a multiprocessor with 100 kB.
 
     In fp32 32 channels: Hopper's instruction takes such factors in one order only, and to turn them costs the
     weight its full vectors. Four warps, as in loops over taps and channels at once eight have computed wrong
@@ -131,7 +131,7 @@ def choose_product_tile(pixels: int, itemsize: int) -> ProductTile:
     """
     side = min(max(next_power_of_2(pixels), LEAST_SIDE), 64 if itemsize == 2 else 32)
     channels = 64 if itemsize == 2 else 32
-    return ProductTile(channels, side, ROW_BYTES // itemsize, {16: 6, 32: 4, 64: 3}[side])
+    return ProductTile(channels, side, ROW_BYTES // itemsize, 6 if side == 16 else 5)
 
 
 def choose_weight_tile(pixels: int, itemsize: int) -> ProductTile:
@@ -145,8 +145,10 @@ def choose_weight_tile(pixels: int, itemsize: int) -> ProductTile:
 # A model of time, to choose between more programs and fewer partial sums; its constants are an H100's.
 BYTES_PER_US = 2.85e6
 """Memory bandwidth (85 % of 3.35 TB/s)."""
-PROGRAM_BYTES_PER_US = 32e3
-"""What one program draws with 25 kB under way and 0.8 us from asking to having (assumed)."""
+TRIP_US = 0.7
+"""From asking for a block to having multiplied it (assumed)."""
+PROGRAMS_AT_ONCE = 4 * 132
+"""Of four warps (assumed): four on each multiprocessor."""
 LAUNCH_US = 2.0
 """Of one more node of a captured graph (assumed)."""
 SPLITS = (1, 2, 4, 8, 16, 32)
@@ -154,7 +156,13 @@ SPLITS = (1, 2, 4, 8, 16, 32)
 
 
 def choose_splits(
-    tiles: int, blocks: int, weight_bytes: int, result_values: int, *, summed_by_next: bool
+    tiles: int,
+    blocks: int,
+    weight_bytes: int,
+    result_values: int,
+    *,
+    num_stages: int,
+    summed_by_next: bool,
 ) -> int:
     """How many programs share the sum of one tile.
 
@@ -164,10 +172,11 @@ def choose_splits(
     """
 
     def microseconds(splits: int) -> float:
-        rate = min(BYTES_PER_US, tiles * splits * PROGRAM_BYTES_PER_US)
+        waits = pipelined_trips(cdiv(blocks, splits), num_stages) * cdiv(tiles * splits, PROGRAMS_AT_ONCE)
         partial_bytes = 0 if splits == 1 else splits * result_values * 4
         extra = 0.0 if splits == 1 or summed_by_next else LAUNCH_US
-        return (weight_bytes + partial_bytes) / rate + partial_bytes / BYTES_PER_US + extra
+        own = max(TRIP_US * waits, (weight_bytes + partial_bytes) / BYTES_PER_US)
+        return own + partial_bytes / BYTES_PER_US + extra
 
     return min((splits for splits in SPLITS if splits <= blocks), key=microseconds)
 
@@ -269,6 +278,7 @@ def _multiply(problem: Problem, x: Tensor, weight: Tensor, summed_by_next: bool)
         blocks,
         read.numel() * read.element_size(),
         problem.pixels * values,
+        num_stages=tile.num_stages,
         summed_by_next=summed_by_next,
     )
     sums, out = _result(problem, x, splits)
@@ -290,6 +300,7 @@ def _multiply(problem: Problem, x: Tensor, weight: Tensor, summed_by_next: bool)
         num_stages=tile.num_stages,
         reads=(x, read),
         writes=(out.pointer,),
+        trips=pipelined_trips(cdiv(blocks, splits), tile.num_stages),
     )
     return sums
 
@@ -345,6 +356,7 @@ def _weight_gradient(problem: Problem, small: Tensor, big: Tensor) -> Tensor:
         num_stages=tile.num_stages,
         reads=(small, big),
         writes=(dweight,),
+        trips=pipelined_trips(cdiv(problem.pixels, tile.depth), tile.num_stages),
     )
     return dweight
 
@@ -487,29 +499,37 @@ def _saved(ctx) -> tuple[DeepContext, tuple[Tensor | None, ...]]:
 
 
 class Passage:
-    """Where a deep layer leaves its input's gradient as partial sums, for the layer before, whose backward
-    pass adds them up where it needs the values: a launch less.
+    """Where a deep layer leaves its input's gradient as partial sums, for the layers before, whose backward
+    passes add up what they need where they need it: a launch less.
 
-    Only for an output that nothing but the next deep layer reads. To autograd the gradient is an image whose
-    memory nobody has written.
+    Only for an input that nothing else reads: a deep layer's y, or one's y and another's skip side by side.
+    To autograd the gradient is an image whose memory nobody has written.
     """
 
     def __init__(self) -> None:
         self._left: Sums | None = None
+        self._channels = 0  # that nobody has taken yet
 
     def leave(self, sums: Sums) -> Tensor:
         """The image to return to autograd."""
         self._left = None if sums.partials is None else sums
+        self._channels = sums.image.shape[1]
         return sums.image
 
-    def partials_of(self, dy: Tensor | None) -> Tensor | None:
-        """What was left for ``dy``, once; None where it is complete. RuntimeError if it is another tensor."""
-        left, self._left = self._left, None
-        if left is None:
+    def partials_of(self, gradient: Tensor | None) -> Tensor | None:
+        """What was left for ``gradient``, the image or a slice of its channels, once; None where it is
+        complete. RuntimeError if it is another tensor."""
+        if self._left is None:
             return None
-        if dy is None or dy.untyped_storage()._cdata != left.image.untyped_storage()._cdata:
-            raise RuntimeError("the output between two deep layers has another reader than the second layer")
-        return left.partials
+        image, partials = self._left
+        if gradient is None or gradient.untyped_storage()._cdata != image.untyped_storage()._cdata:
+            self._left = None
+            raise RuntimeError("the input of a deep layer has another reader than that layer")
+        channels = gradient.shape[1]
+        self._channels -= channels
+        if not self._channels:
+            self._left = None
+        return partials.narrow(2, gradient.storage_offset() - image.storage_offset(), channels)
 
 
 def _out_pixels(x: Tensor, transposed: bool) -> int:
@@ -549,8 +569,8 @@ class _DeepConvNormAct(torch.autograd.Function):
         take_gradient,
         passages,
     ):
-        whole = config.norm and config.training and _out_pixels(x, transposed) <= FEW_PIXELS
-        (pre, partials), state = forward(x, conv_weight, transposed=transposed, summed_by_next=whole)
+        few = in_one_launch(_out_pixels(x, transposed), config)
+        (pre, partials), state = forward(x, conv_weight, transposed=transposed, summed_by_next=few)
         y, skip, mean, rstd = norm_act_forward(
             pre, weight, bias, *running, rng, config, *slots, partials=partials
         )
@@ -564,12 +584,20 @@ class _DeepConvNormAct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dskip=None):
         needs_x, needs_weight, *needs_affine = ctx.needs_input_grad[:4]
-        (before, after), (state, saved) = ctx.passages, _saved(ctx)
-        dy_partials = None if after is None else after.partials_of(dy)
-        if dy_partials is not None:
-            dy = None
+        (before, after, skip_after), (state, saved) = ctx.passages, _saved(ctx)
+        dy_partials, dskip_partials = (
+            None if passage is None else passage.partials_of(gradient)
+            for passage, gradient in ((after, dy), (skip_after, dskip))
+        )
         dpre, dweight, dbias = norm_act_backward(
-            dy, dskip, *saved, ctx.rng, ctx.config, any(needs_affine), dy_partials=dy_partials
+            dy if dy_partials is None else None,
+            dskip if dskip_partials is None else None,
+            *saved,
+            ctx.rng,
+            ctx.config,
+            any(needs_affine),
+            dy_partials=dy_partials,
+            dskip_partials=dskip_partials,
         )
         gradients = backward(
             dpre, state, ctx.take_gradient, needs_x=needs_x, needs_weight=needs_weight, before=before
@@ -610,11 +638,12 @@ def conv_norm_act(
     take_gradient: TakeGradient | None = None,
     before: Passage | None = None,
     after: Passage | None = None,
+    skip_after: Passage | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``norm_act`` of ``conv2d``, or with ``transposed`` of ``conv_transpose2d``, as one differentiable op.
 
-    weight, bias and what follows: as for ``norm_act``. before, after: the passages from the deep layer that x
-    comes from, and to the one that y goes to, where nothing else reads it.
+    weight, bias and what follows: as for ``norm_act``. before: the passage from the deep layers that x comes
+    from. after, skip_after: those to the deep layer that y and that skip goes to.
     """
     return _DeepConvNormAct.apply(
         x,
@@ -627,5 +656,5 @@ def conv_norm_act(
         (out, skip_out),
         transposed,
         take_gradient,
-        (before, after),
+        (before, after, skip_after),
     )

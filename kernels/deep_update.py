@@ -19,7 +19,7 @@ from fastpix2pix.kernels.deep_update_kernels import deep_update
 from fastpix2pix.kernels.images import as_pixels, image_pointer
 from fastpix2pix.kernels.language import INTERPRETING
 from fastpix2pix.kernels.launch import launch, use_triton
-from fastpix2pix.kernels.tiles import cdiv, next_power_of_2
+from fastpix2pix.kernels.tiles import cdiv, next_power_of_2, pipelined_trips
 
 TAPS = 16
 
@@ -107,4 +107,6 @@ def update(small: Tensor, big: Tensor, weight: AdamTensors, clock: AdamClock, fo
         num_stages=tile.num_stages,
         reads=(small, big, *weight.reads, clock.alpha, clock.eps_hat),
         writes=weight.writes,
+        # The weight's streams come last.
+        trips=pipelined_trips(cdiv(pixels, tile.pixels), tile.num_stages) + 1,
     )

@@ -7,9 +7,9 @@ Two regimes, by the number of pixels:
 * many (the outer layers): one launch leaves the partial sums of chunks of pixels in a workspace, the next
   combines them, always in the same order, and writes the result.
 
-A layer that computes no statistics (no norm, or running statistics) needs only one launch of the second
-regime. In the first regime an image may come as the partial sums of a convolution that has split its own sum.
-The kernels are in norm_act_kernels.py, their block sizes in tiles.py.
+With running statistics, or with many pixels and no norm, a layer needs only one launch of the second regime.
+In the first regime an image may come as the partial sums of a convolution that has split its own sum. The
+kernels are in norm_act_kernels.py, their block sizes in tiles.py.
 """
 
 from math import prod
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpix2pix.kernels import reference
+from fastpix2pix.kernels import cpu_norm, reference
 from fastpix2pix.kernels.images import as_pixels, image_pointer, output_like
 from fastpix2pix.kernels.launch import DTYPES, launch, use_triton
 from fastpix2pix.kernels.norm_act_kernels import (
@@ -80,8 +80,8 @@ def _dropout(rng: Tensor | None, config: NormActConfig) -> Dropout:
 def _splits(partials: Tensor | None) -> tuple[Splits, int]:
     """The kernels' argument, and how many partial sums it has."""
     if partials is None:
-        return Splits(None, 0), 0
-    return Splits(partials, partials.shape[1]), partials.shape[0]
+        return Splits(None, 0, 0), 0
+    return Splits(partials, partials.shape[1], partials.stride(1)), partials.shape[0]
 
 
 def _store_sum(partials: Tensor, image: Tensor) -> Tensor:
@@ -90,9 +90,14 @@ def _store_sum(partials: Tensor, image: Tensor) -> Tensor:
     return image.copy_(partials.sum(0).view(n, h, w, c).permute(0, 3, 1, 2))
 
 
-def _itemsize(x: Tensor, partials: Tensor | None) -> int:
+def _itemsize(x: Tensor, *partials: Tensor | None) -> int:
     """Bytes of one value of what a program reads most of."""
-    return x.element_size() if partials is None else partials.element_size()
+    return max(x.element_size(), *(0 if some is None else some.element_size() for some in partials))
+
+
+def in_one_launch(pixels: int, config: NormActConfig) -> bool:
+    """Whether an image of so many pixels, of all groups, is of the first regime."""
+    return pixels <= FEW_PIXELS and (config.training or not config.norm)
 
 
 def _apply_trips(shares: Chunks, groups_combined: int) -> int:
@@ -118,6 +123,10 @@ def norm_act_forward(
 ) -> NormActForward:
     """``reference.norm_act_forward``, by kernels on a GPU. ValueError for an ``out`` that x does not fit."""
     if not use_triton(x):
+        if partials is None and cpu_norm.serves(x, weight, bias, config):
+            return cpu_norm.epilogue_forward(
+                x, weight, bias, running_mean, running_var, rng, config, out, skip_out
+            )
         return reference.norm_act_forward(
             x, weight, bias, running_mean, running_var, rng, config, out, skip_out, partials=partials
         )
@@ -141,7 +150,7 @@ def norm_act_forward(
     takes_statistics = config.norm and config.training
     updated = parameters[2:] if takes_statistics else ()
 
-    if takes_statistics and groups * pixels <= FEW_PIXELS:
+    if in_one_launch(groups * pixels, config):
         tile = choose_whole_tile(pixels, channels, _itemsize(x, partials), WHOLE_FORWARD)
         splits, count = _splits(partials)
         launch(
@@ -227,14 +236,32 @@ def norm_act_backward(
     needs_affine: bool = True,
     *,
     dy_partials: Tensor | None = None,
+    dskip_partials: Tensor | None = None,
 ) -> NormActBackward:
     """``reference.norm_act_backward``, by kernels on a GPU."""
     if not use_triton(x):
+        some = dy is not None or dskip is not None
+        if some and dy_partials is None and cpu_norm.serves(x, weight, bias, config):
+            return cpu_norm.epilogue_backward(
+                dy, dskip, x, weight, bias, mean, rstd, rng, config, needs_affine
+            )
         return reference.norm_act_backward(
-            dy, dskip, x, weight, bias, mean, rstd, rng, config, needs_affine, dy_partials=dy_partials
+            dy,
+            dskip,
+            x,
+            weight,
+            bias,
+            mean,
+            rstd,
+            rng,
+            config,
+            needs_affine,
+            dy_partials=dy_partials,
+            dskip_partials=dskip_partials,
         )
-    if dy_partials is not None:
-        check_partials(dy_partials, x)
+    for partials in (dy_partials, dskip_partials):
+        if partials is not None:
+            check_partials(partials, x)
     x = as_pixels(x)
     dy, dskip = (None if gradient is None else as_pixels(gradient) for gradient in (dy, dskip))
     dx = output_like(x)
@@ -248,25 +275,30 @@ def norm_act_backward(
     constants, dropout = _constants(config, dtype), _dropout(rng, config)
     through_statistics = mean is not None and config.training
     wanted = parameters[:2] if needs_affine else (None, None)
+    one_launch = in_one_launch(groups * pixels, config)
     dweight = dbias = None
-    if through_statistics:
+    if through_statistics or one_launch:
         dweight, dbias = (None if p is None else torch.empty_like(p) for p in wanted)
 
-    one_launch = through_statistics and groups * pixels <= FEW_PIXELS
-    if dy_partials is not None and not one_launch:
-        dy, dy_partials = _store_sum(dy_partials, output_like(x)), None
+    if not one_launch:
+        if dy_partials is not None:
+            dy, dy_partials = _store_sum(dy_partials, output_like(x)), None
+        if dskip_partials is not None:
+            dskip, dskip_partials = _store_sum(dskip_partials, output_like(x)), None
     images = image_pointer(x), image_pointer(dy), image_pointer(dskip)
-    reads = x, dy, dy_partials, dskip, *parameters, *saved, dropout.rng
+    reads = x, dy, dy_partials, dskip, dskip_partials, *parameters, *saved, dropout.rng
 
     if one_launch:
-        tile = choose_whole_tile(pixels, channels, _itemsize(x, dy_partials), WHOLE_BACKWARD)
-        splits, count = _splits(dy_partials)
+        itemsize = _itemsize(x, dy_partials, dskip_partials)
+        tile = choose_whole_tile(pixels, channels, itemsize, WHOLE_BACKWARD)
+        (splits, count), (skip_splits, skip_count) = _splits(dy_partials), _splits(dskip_partials)
         launch(
             norm_act_backward_whole,
             (1, cdiv(channels, tile.channels)),
             *images[:2],
             splits,
             images[2],
+            skip_splits,
             image_pointer(dx),
             parameters,
             saved,
@@ -278,6 +310,7 @@ def norm_act_backward(
             channels,
             CONSTANTS=constants,
             SPLITS=count,
+            DSKIP_SPLITS=skip_count,
             TILE=tile,
             num_warps=tile.num_warps,
             reads=reads,

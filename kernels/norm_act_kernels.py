@@ -11,7 +11,8 @@ Arguments:
 * parameters: ``Parameters``, the layer's (C,) float32 weight, bias and running statistics.
 * saved: ``Saved``, the (groups, C) statistics that forward writes and backward reads.
 * partials: ``Workspace``, what the first of two launches leaves for the second.
-* splits: ``Splits``, an image as the partial sums of a convolution that has split its own sum.
+* splits, dy_splits, dskip_splits: ``Splits``, an image as the partial sums of a convolution that has split
+  its own sum.
 * dweight, dbias: pointers to (C,), or None where they are not wanted.
 * dropout: ``Dropout``, the state of its random numbers.
 * pixels: rows of one group. chunk_pixels: rows of one program where partials are made. apply_pixels: rows of
@@ -23,7 +24,8 @@ Compile-time constants:
 
 * CONSTANTS: the layer's ``Constants``.
 * TILE: the ``tiles.Tile`` of rows and columns that a program holds in registers at a time.
-* SPLITS: how many partial sums ``splits`` has, 0 for none.
+* SPLITS, DSKIP_SPLITS: how many partial sums ``splits`` or ``dy_splits``, and ``dskip_splits`` have, 0 for
+  none.
 * CHUNKS: a power of two, at least the number of chunks (``tiles.reduction_chunks``): the ``apply`` kernels
   load the partials of all chunks at once.
 * DTYPE: the type that is computed in.
@@ -70,10 +72,13 @@ class Workspace(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """pointer: to (SPLITS, pixels of all groups, channels) in float32, or None: partial sums of an image."""
+    """pointer: to (count, pixels of all groups, channels) in float32, or None: partial sums of an image.
+    pixels: of all groups. stride: elements from one pixel to the next, of partial sums of a wider image.
+    """
 
     pointer: Any
     pixels: Any
+    stride: Any
 
 
 class Columns(NamedTuple):
@@ -151,7 +156,7 @@ def _store_tile(image, value, pixel, last, columns):
 @triton.jit
 def _load_splits(splits, image, pixel, last, columns, SPLITS: tl.constexpr):
     """A tile of the image that ``splits`` are the partial sums of, in order, rounded to the image's type."""
-    numbers = ImagePointer(splits.pointer, columns.channels)
+    numbers = ImagePointer(splits.pointer, splits.stride)
     total = _load_tile(numbers, pixel, last, columns, tl.float32)
     for split in tl.static_range(1, SPLITS):
         total += _load_tile(
@@ -455,7 +460,7 @@ def norm_act_forward_whole(
     """Forward in one launch: statistics and results of a block of channels, group after group.
 
     Reads x and parameters; writes y, skip, saved and the running statistics. With splits x is not read but
-    written, from those.
+    written, from those. Without saved there is no norm.
     """
     DTYPE: tl.constexpr = CONSTANTS.dtype
     columns = _columns(channels, TILE)
@@ -472,12 +477,15 @@ def norm_act_forward_whole(
             value = stored.to(DTYPE)
         else:
             value = _load_tile(x, pixel, last, columns, DTYPE)
-        mean, m2 = _group_statistics(value, _inside(pixel, last, columns), pixels, DTYPE)
-        rstd = tl.rsqrt(m2 / pixels.to(DTYPE) + CONSTANTS.eps)
-        _, z = _before_activation(value, Norm(mean, rstd, weight, bias))
+        if saved.mean is not None:
+            mean, m2 = _group_statistics(value, _inside(pixel, last, columns), pixels, DTYPE)
+            norm = Norm(mean, tl.rsqrt(m2 / pixels.to(DTYPE) + CONSTANTS.eps), weight, bias)
+        else:
+            norm = Norm(None, None, weight, bias)
+        _, z = _before_activation(value, norm)
         _store_results(y, skip, z, pixel, last, columns, dropout, CONSTANTS)
-        _store_row(saved.mean, mean, group, columns)
-        _store_row(saved.rstd, rstd, group, columns)
+        _store_row(saved.mean, norm.mean, group, columns)
+        _store_row(saved.rstd, norm.rstd, group, columns)
         if parameters.running_mean is not None:
             running_mean, running_var = _updated(running_mean, running_var, mean, m2, pixels, CONSTANTS)
     _store_row(parameters.running_mean, running_mean, 0, columns)
@@ -563,6 +571,7 @@ def norm_act_backward_whole(
     dy,
     dy_splits,
     dskip,
+    dskip_splits,
     dx,
     parameters,
     saved,
@@ -574,11 +583,13 @@ def norm_act_backward_whole(
     channels,
     CONSTANTS: tl.constexpr,
     SPLITS: tl.constexpr,
+    DSKIP_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Backward in one launch: gradients of a block of channels, group after group.
 
-    Reads x, dy or its splits, dskip, parameters and saved; writes dx, dweight and dbias.
+    Reads x, dy and dskip or their splits, parameters and saved; writes dx, dweight and dbias. Without saved
+    there is no norm.
     """
     DTYPE: tl.constexpr = CONSTANTS.dtype
     columns = _columns(channels, TILE)
@@ -592,6 +603,8 @@ def norm_act_backward_whole(
         value, by_y, by_skip = _load_three(x, dy, dskip, pixel, last, columns)
         if SPLITS:
             by_y = _load_splits(dy_splits, x, pixel, last, columns, SPLITS)
+        if DSKIP_SPLITS:
+            by_skip = _load_splits(dskip_splits, x, pixel, last, columns, DSKIP_SPLITS)
         mean, rstd = (
             _load_row(saved.mean, group, columns, DTYPE),
             _load_row(saved.rstd, group, columns, DTYPE),
@@ -602,7 +615,7 @@ def norm_act_backward_whole(
             by_y,
             by_skip,
             SPLITS > 0 or dy.pointer is not None,
-            dskip.pointer is not None,
+            DSKIP_SPLITS > 0 or dskip.pointer is not None,
             z,
             pixel,
             columns,
@@ -610,7 +623,10 @@ def norm_act_backward_whole(
             CONSTANTS,
         )
         dz_sum, dz_normalised_sum = tl.sum(dz, 0), tl.sum(dz * normalised, 0)
-        means = (dz_sum / pixels.to(DTYPE), dz_normalised_sum / pixels.to(DTYPE))
+        if saved.mean is not None:
+            means = (dz_sum / pixels.to(DTYPE), dz_normalised_sum / pixels.to(DTYPE))
+        else:
+            means = None
         _store_tile(dx, _gradient_of_x(dz, normalised, norm, means), pixel, last, columns)
         dweight_sum += dz_normalised_sum
         dbias_sum += dz_sum

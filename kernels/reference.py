@@ -139,10 +139,13 @@ def check_partials(partials: Tensor, x: Tensor) -> None:
     """Raise ValueError unless ``partials`` can be the partial sums of an image like ``x``."""
     n, c, h, w = x.shape
     fits = partials.ndim == 3 and partials.shape[0] and partials.shape[1:] == (n * h * w, c)
-    if not fits or partials.dtype != torch.float32 or not partials.is_contiguous():
+    if fits:
+        of_sum, of_pixel, of_channel = partials.stride()
+        fits = of_channel == 1 and of_pixel >= c and of_sum == n * h * w * of_pixel
+    if not fits or partials.dtype != torch.float32:
         raise ValueError(
             f"partials are {partials.dtype} {tuple(partials.shape)} with strides {partials.stride()}; they "
-            f"must be contiguous torch.float32 (S, {n * h * w}, {c})"
+            f"must be torch.float32 (S, {n * h * w}, {c}), contiguous or a slice of the channels of such"
         )
 
 
@@ -213,8 +216,9 @@ def norm_act_forward(
     training, or None. rng: see ``dropout_mask``. out, skip_out: where to write the two results, channel
     slices of channels-last buffers in the type of ``x``; None allocates.
 
-    partials: (S, N * H * W, C) float32, contiguous, the partial sums of a convolution, pixels in the order
-    N, H, W. ``x`` is then memory that their sum over S, rounded to its type, is written to first.
+    partials: (S, N * H * W, C) float32, contiguous or a slice of the channels of such, the partial sums of a
+    convolution, pixels in the order N, H, W. ``x`` is then memory that their sum over S, rounded to its type,
+    is written to first.
 
     A group of one value per channel (1x1 at batch 1) gives ``bias`` and a running variance that stays
     finite: there is no n - 1 to divide by. ValueError for partials that x does not fit.
@@ -266,17 +270,21 @@ def norm_act_backward(
     needs_affine: bool = True,
     *,
     dy_partials: Tensor | None = None,
+    dskip_partials: Tensor | None = None,
 ) -> NormActBackward:
     """Gradients of ``norm_act_forward`` from those of its two results, either of which may be None.
 
     dy and dskip may be channel slices of a larger gradient. The activation's sign and the dropout mask are
     computed again from ``x``, mean, rstd and the counter, which must be as they were in the forward pass.
-    ``needs_affine=False`` leaves out dweight and dbias. dy_partials: in place of dy, as ``partials`` of
-    ``norm_act_forward``; their sum is rounded to the type of ``x``.
+    ``needs_affine=False`` leaves out dweight and dbias. dy_partials, dskip_partials: in place of dy and of
+    dskip, as ``partials`` of ``norm_act_forward``; their sum is rounded to the type of ``x``.
     """
     if dy_partials is not None:
         check_partials(dy_partials, x)
         dy = add_partials(dy_partials, torch.empty_like(x, memory_format=torch.channels_last))
+    if dskip_partials is not None:
+        check_partials(dskip_partials, x)
+        dskip = add_partials(dskip_partials, torch.empty_like(x, memory_format=torch.channels_last))
     centred = None if mean is None else _centred(x, mean)
     z = _before_activation(x, weight, bias, centred, rstd)
     dz = None

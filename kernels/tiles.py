@@ -134,6 +134,13 @@ def trips(tiles: int, loaded_before: int = 0) -> int:
     return cdiv(tiles - loaded_before, TILES_IN_FLIGHT)
 
 
+def pipelined_trips(blocks: int, num_stages: int) -> int:
+    """How often a program waits for memory in a loop over so many blocks, of which Triton loads
+    ``num_stages - 1`` ahead.
+    """
+    return cdiv(blocks, max(num_stages - 1, 1))
+
+
 FEW_PIXELS = 1024
 """The most pixels, all groups together, for which one launch computes both statistics and results. Model: a
 program's slice is then at most 32 KiB an image, fits in its registers, and takes less time than a second

@@ -1,9 +1,13 @@
 """Several ranks in the tests: forked processes, so that nothing is imported again, that find each other as
 torchrun's do."""
 
+import contextlib
+import faulthandler
 import os
 import pickle
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 from fastpix2pix.training.distributed import joined
+
+LIMIT = 150.0  # seconds for ranks that should have ended, on a machine that does other things too
 
 
 class Ranks:
@@ -31,14 +37,18 @@ class Ranks:
         store: dist.TCPStore | None = None,
     ):
         self.store = store or dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        self.folder, self.processes, self._answers = folder, [], []
+        self.folder, self.processes = folder, []
+        self._codes: dict[int, int] = {}
         sys.stdout.flush()
         sys.stderr.flush()
+        # None begins before all are forked: the store's thread, which answers those that have begun, holds
+        # locks of the C library that a fork at this moment would leave locked for ever.
+        start, waiting = os.pipe()
         for rank in range(size):
-            reading, writing = os.pipe()
             child = os.fork()
             if child == 0:
-                os.close(reading)
+                os.close(waiting)
+                os.read(start, 1)  # until the parent closes the other end
                 os.environ |= {
                     "RANK": str(rank),
                     "WORLD_SIZE": str(size),
@@ -50,12 +60,13 @@ class Ranks:
                     "TORCHELASTIC_USE_AGENT_STORE": "True",
                     "TORCHELASTIC_RESTART_COUNT": str(restarts),
                 }
-                self._run(rank, writing, function, args)
-            os.close(writing)
+                self._run(rank, function, args)
             self.processes.append(child)
-            self._answers.append(reading)
+        for end in (start, waiting):
+            os.close(end)
+        _running.append(self)
 
-    def _run(self, rank: int, writing: int, function: Callable[..., Any], args: tuple) -> None:
+    def _run(self, rank: int, function: Callable[..., Any], args: tuple) -> None:
         """What a child does; it never returns."""
         code = 1
         try:
@@ -65,14 +76,15 @@ class Ranks:
                     os.open(self.folder / f"{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number
                 )
             sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            faulthandler.enable(sys.stderr)
+            faulthandler.register(signal.SIGUSR1, sys.stderr)
             torch.set_num_threads(1)
             try:
                 answer = function(rank, *args)
                 code = 0
             except SystemExit as stop:
                 answer, code = None, stop.code
-            with open(writing, "wb") as pipe:
-                pickle.dump(answer, pipe)
+            self._answer_of(rank).write_bytes(pickle.dumps(answer))
         except BaseException:
             traceback.print_exc()
         finally:
@@ -80,24 +92,64 @@ class Ranks:
             sys.stderr.flush()
             os._exit(code)
 
+    def _answer_of(self, rank: int) -> Path:
+        return self.folder / f"answer.{rank}"
+
+    def wait_for(self, rank: int) -> int:
+        """A rank's exit code, as ``subprocess`` has it. AssertionError, with where all ranks are, when it has
+        not ended in LIMIT seconds."""
+        child, deadline = self.processes[rank], time.monotonic() + LIMIT
+        while child not in self._codes:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                self._codes[child] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                self._tell_where_they_are()
+                self.kill()
+                raise AssertionError((f"rank {rank} has not ended", *self.said("out"), *self.said()))
+            else:
+                time.sleep(0.01)
+        return self._codes[child]
+
     def wait(self) -> list[int]:
-        """Exit codes, as ``subprocess`` has them."""
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in self.processes]
-        return codes
+        """All ranks' exit codes, as ``wait_for`` has them."""
+        return [self.wait_for(rank) for rank in range(len(self.processes))]
+
+    def _tell_where_they_are(self) -> None:
+        """Have the stack of every thread of every rank written to its stderr."""
+        for child in self.processes:
+            if child not in self._codes:
+                os.kill(child, signal.SIGUSR1)
+        time.sleep(1.0)
+
+    def kill(self) -> None:
+        """Kill all ranks that have not ended, and what they have forked."""
+        for child in self.processes:
+            if child not in self._codes:
+                for kill in (os.kill, os.killpg):  # the group does not exist before the child has made it
+                    with contextlib.suppress(ProcessLookupError):
+                        kill(child, signal.SIGKILL)
+                self._codes[child] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def said(self, name: str = "err") -> list[str]:
         """What each rank has printed."""
-        return [(self.folder / f"{name}.{rank}").read_text() for rank in range(len(self.processes))]
+        files = (self.folder / f"{name}.{rank}" for rank in range(len(self.processes)))
+        return [file.read_text() if file.exists() else "" for file in files]
 
     def answers(self) -> list[Any]:
         """What the function returned in each rank. AssertionError with what they said if any failed."""
-        found = []
-        for reading in self._answers:
-            with open(reading, "rb") as pipe:
-                found.append(pipe.read())
         codes = self.wait()
         assert not any(codes), (codes, *self.said())
-        return [pickle.loads(one) for one in found]
+        return [pickle.loads(self._answer_of(rank).read_bytes()) for rank in range(len(self.processes))]
+
+
+_running: list[Ranks] = []
+
+
+def kill_those_left() -> None:
+    """Kill the ranks of a test that has ended without waiting for them."""
+    while _running:
+        _running.pop().kill()
 
 
 def in_ranks(size: int, function: Callable[..., Any], *args: Any, folder: Path, **options: Any) -> list[Any]:

@@ -137,7 +137,7 @@ def _read_by_pillow(path: Path, channels: int | None) -> np.ndarray:
 
 
 def _refuse_other_than_files(path: Path) -> None:
-    """Raises ``UserError`` for a pipe, device or folder: opening a pipe would wait for ever."""
+    """Raises ``UserError`` for a pipe (opening it would wait for ever), device, folder or dangling link."""
     if os.path.lexists(path) and not os.path.isfile(path):
         raise UserError(f"{path}: is not a file; remove it")
 

@@ -113,11 +113,12 @@ class Block(nn.Module):
         train_conv: bool = True,
         before: Passage | None = None,
         after: Passage | None = None,
+        skip_after: Passage | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """(N, C, H, W) to y of ``out_shape``, or to (y, skip) where the block feeds a skip connection.
 
-        train_conv=False stops the gradient at the convolution's output. before, after: of a deep block, see
-        ``kernels.deep_conv.conv_norm_act``; others have none.
+        train_conv=False stops the gradient at the convolution's output. before, after, skip_after: of a deep
+        block, see ``kernels.deep_conv.conv_norm_act``; others have none.
         """
         if not self.is_deep(x):
             with torch.set_grad_enabled(train_conv and torch.is_grad_enabled()):
@@ -141,6 +142,7 @@ class Block(nn.Module):
             take_gradient=self.take_gradient,
             before=before,
             after=after,
+            skip_after=skip_after,
         )
 
     @property
@@ -149,7 +151,7 @@ class Block(nn.Module):
         return isinstance(self.conv, nn.ConvTranspose2d)
 
     def passage(self, x: Tensor) -> Passage | None:
-        """What stands between this block, given ``x``, and the only reader of its y, if the block is deep."""
+        """What stands between this block, given ``x``, and the reader of a result, if the block is deep."""
         return Passage() if self.is_deep(x) else None
 
     def is_deep(self, x: Tensor) -> bool:

@@ -119,17 +119,17 @@ class UNetGenerator(nn.Module):
             )
             first, second = joined[:, :c], joined[:, c:]
             skip_out, up_out = (first, second) if self.skip_first else (second, first)
-            before, passage = passage, down.passage(x)
+            before, passage, of_joined = passage, down.passage(x), down.passage(x)
             if pre is None:
-                x, skip = down(x, skip_out=skip_out, before=before, after=passage)
+                x, skip = down(x, skip_out=skip_out, before=before, after=passage, skip_after=of_joined)
             else:
                 x, skip = down.epilogue(pre, None, None, skip_out)
-            skips.append((joined, skip, up_out))
+            skips.append((joined, skip, up_out, of_joined))
         before, passage = passage, self.downs[-1].passage(x)
         x = self._innermost(x, before, passage)
-        for up, (joined, skip, up_out) in zip(self.ups, reversed(skips), strict=True):
-            y = up(x, rng, up_out, before=passage)
-            passage = None  # what follows reads skips as well
+        for up, (joined, skip, up_out, of_joined) in zip(self.ups, reversed(skips), strict=True):
+            before, passage = passage, of_joined if up.is_deep(x) else None
+            y = up(x, rng, up_out, before=before, after=passage)
             x = Join.apply(*((skip, y) if self.skip_first else (y, skip)), (joined,))
         return conv_transpose2d(x, self.last.weight)
 

@@ -219,14 +219,22 @@ def joined() -> Iterator[Ranks]:
 class _RanksOfGroup(Ranks):
     """Those of a group that another program has made, with one device each."""
 
-    def __init__(self) -> None:
-        self.exchange = Exchange()
-        self.rank, self.size = self.exchange.rank, self.exchange.size
+    def __init__(self, device: torch.device):
+        exchange = Exchange()
+        self.rank, self.size, self.exchange = exchange.rank, exchange.size, exchange
+        self._code = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def agree(self, code: int) -> int:
+        self.exchange.max_(self._code.fill_(code))
+        return int(self._code)
 
 
-def ranks_of_group() -> Ranks:
-    """The ranks of the default group of this process, which somebody else has made and will end."""
-    return _RanksOfGroup() if dist.is_available() and dist.is_initialized() else ALONE
+def ranks_of_group(device: torch.device) -> Ranks:
+    """The ranks of the default group of this process, which somebody else has made and will end.
+
+    device: this rank's, on which the group can exchange.
+    """
+    return _RanksOfGroup(device) if dist.is_available() and dist.is_initialized() else ALONE
 
 
 def _ended_by(reason: str) -> str:

@@ -115,7 +115,8 @@ class CapturedStep:
     graph, or, where several ranks exchange tensors between its segments, in a graph for each.
 
     Called as the step itself is. A capture that fails, for whatever reason, is tried only once a process:
-    from then on the step runs eagerly. ``failure`` says why, and is None as long as all is captured.
+    from then on the step runs eagerly, in all ranks. ``failure`` says why, and is None as long as all is
+    captured.
     """
 
     def __init__(self, step: TrainStep, backend: Backend | None = None):
@@ -145,19 +146,23 @@ class CapturedStep:
         key = _key(source, target)
         if key in self._captured or self.failure is not None:
             return
-        if self._backend.failure is not None:
-            self._give_up(f"an earlier capture failed: {self._backend.failure}")
+        earlier = self._backend.failure
+        if reason := self._of_any_rank(None if earlier is None else f"an earlier capture failed: {earlier}"):
+            self._give_up(reason)
             return
         self.step.upload_lr()  # first, so that what is restored below is the rate that counts as uploaded
         before = [tensor.clone() for tensor in self.step.state()]
         slots = [image.clone(memory_format=torch.preserve_format) for image in (source, target)]
         body = partial(self.step.body, *slots)
+        failed = None
         try:
             self._backend.warm_up(body, WARM_UP_STEPS)
             try:
                 replay = self._backend.capture(partial(self.step.segments, *slots))
             except Exception as error:  # of CUDA, Triton, the allocator, or a library's own: all mean eager
-                self._give_up(first_line(error))
+                failed = first_line(error)
+            if reason := self._of_any_rank(failed):
+                self._give_up(reason)
             else:
                 self._captured[key] = _Captured(replay, slots[0], slots[1], self.step.fake)
         finally:
@@ -168,6 +173,17 @@ class CapturedStep:
     def release(self) -> None:
         """Let go of all graphs: before the ranks leave their group."""
         self._captured.clear()
+
+    def _of_any_rank(self, reason: str | None) -> str | None:
+        """Why this rank, or another one, can't capture the step; None if all can.
+
+        Ranks that capture warm up before, by exchanges for which all are needed.
+        """
+        if self.step.exchange is None:
+            return reason
+        failed = self.step.ring.rows.new_full((1,), reason is not None)
+        self.step.exchange.max_(failed)
+        return reason or ("it failed in another process" if failed.item() else None)
 
     def _give_up(self, reason: str) -> None:
         self.failure = reason

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from fastpix2pix.kernels import adam, deep_update
-from fastpix2pix.kernels.adam import AdamClock, AdamForm, AdamTensors
+from fastpix2pix.kernels.adam import AdamClock, AdamForm, AdamTensors, Tick
 from fastpix2pix.kernels.launch import use_triton
 from fastpix2pix.kernels.reference import compute_dtype, join_master, split_master
 from fastpix2pix.presets import PRESETS
@@ -240,14 +240,19 @@ class MasterAdam(Optimizer):
                 lr.fill_(group["lr"])
                 self._uploaded_lr[index] = group["lr"]
 
-    @torch.no_grad()
     def begin_step(self) -> None:
         """Count a step. With a loss scale, look at all gradients first, so they must be there by now."""
+        begin_steps([self])
+
+    def _ticks(self) -> list[Tick]:
+        """What begins with a step, once everything is there that it depends on."""
         self.upload_lr()
         if self.loss_scale is not None:
             self._look_for_non_finite()
-        for group, clock in zip(self.param_groups, self._clocks, strict=True):
-            adam.advance(clock, _form(group), self._found_inf)
+        return [
+            Tick(clock, _form(group), self._found_inf)
+            for group, clock in zip(self.param_groups, self._clocks, strict=True)
+        ]
 
     def _look_for_non_finite(self) -> None:
         self._found_inf.zero_()
@@ -315,6 +320,12 @@ class MasterAdam(Optimizer):
         self.begin_step()
         self.step_parameters([p for p in self._group_of if p.grad is not None])
         return loss
+
+
+@torch.no_grad()
+def begin_steps(optimizers: Iterable[MasterAdam]) -> None:
+    """``begin_step`` of each, on one device, in one launch where it is a GPU."""
+    adam.advance(*(tick for optimizer in optimizers for tick in optimizer._ticks()))
 
 
 def _form(group: dict[str, Any]) -> AdamForm:

@@ -187,6 +187,7 @@ def prepare_step(
                 say=say,
             ).graph
             torch.cuda.empty_cache()  # what the check took is free again before training allocates
+        graph = not ranks.agree(not graph)  # capturing takes exchanges that an eager step has not
     else:
         keep_freed_memory()
     step = TrainStep(generator.to(device), discriminator.to(device), options, ranks.exchange)

@@ -16,7 +16,7 @@ from fastpix2pix.models.blocks import Block, set_working_type
 from fastpix2pix.training.distributed import Exchange
 from fastpix2pix.training.losses import Losses, LossRing
 from fastpix2pix.training.objective import Objective, set_module_working_type
-from fastpix2pix.training.optim import LossScale, MasterAdam
+from fastpix2pix.training.optim import LossScale, MasterAdam, begin_steps
 from fastpix2pix.training.options import StepOptions
 from fastpix2pix.training.players import Backward, Drawn, FusedPlayers, players_for
 from fastpix2pix.training.precision import WORKING_TYPES
@@ -295,19 +295,19 @@ class TrainStep:
             yield from exchanged_updates(sharded)
             return
         early = self._may_update_early
-        for optimizer in optimizers:
-            if self._keep_gradients:
-                optimizer.zero_grad(set_to_none=True)  # those of the step before
-            if early:
-                optimizer.begin_step()
+        if self._keep_gradients:  # those of the step before
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+        if early:
+            begin_steps(optimizers)
         self._updating_early = early
         try:
             self.players.backward(paths)
         finally:
             self._updating_early = False
+        if not early:
+            begin_steps(optimizers)
         for optimizer in optimizers:
-            if not early:
-                optimizer.begin_step()
             optimizer.step_parameters([p for p in optimizer.parameters() if p.grad is not None])
             if not self._keep_gradients:
                 optimizer.zero_grad(set_to_none=True)

@@ -93,7 +93,7 @@ def _description(launch: Launch) -> str:
     if first.ndim == 4:
         n, c, h, w = first.shape
         words = [f"{h}x{w}x{c}"] if n == 1 else [f"{n} of {h}x{w}x{c}"]
-    elif type(vectors) is tuple and len(vectors) > 1:
+    elif type(vectors) is tuple and len(vectors) > 1 and isinstance(vectors[0], torch.Tensor):
         words = [f"{len(vectors)} tensors, {sum(t.numel() for t in vectors)} values"]
     else:
         words = [f"{first.numel()} values"]

@@ -292,6 +292,22 @@ def test_the_step_stays_lean(preset, most_operators):
     assert ours["copy"]["operators"] <= 4  # source and target apart, and dropout's counter
 
 
+@pytest.mark.parametrize(
+    "preset, most_operators, most_gb, most_ms", [("tutorial", 130, 1.85, 0.8), ("junyanz", 145, 2.0, 0.82)]
+)
+def test_the_full_step_by_the_model_with_latency(preset, most_operators, most_gb, most_ms):
+    """On an H100, with the second stream beside the first; of our launches all but Adam's and the deep
+    convolutions together at most 250 us."""
+    entries = traffic.trace_ours(Workload(preset=preset), "bf16")
+    gpu = roofline.GPUS["H100"]
+    flops = 1e12 * gpu.flops["bf16"]
+    assert len(entries) <= most_operators
+    assert sum(entry.moved for entry in entries) < 1e9 * most_gb
+    ours = [entry for entry in entries if entry.grid and not entry.name.startswith(("adam", "deep"))]
+    assert sum(roofline.launch_seconds(entry, gpu, flops) for entry in ours) < 250e-6
+    assert roofline.latency_seconds(entries, gpu, flops, overlap=True) < 1e-3 * most_ms
+
+
 def test_float32_is_traced_as_a_gpu_runs_it():
     """Not as the CPU does, with convolutions of its own."""
     counts = []

@@ -141,6 +141,23 @@ def test_a_signal_that_is_repeated_at_once_is_the_same_request(same, pause, code
     assert (ended.returncode, ended.stdout) == (code, out)
 
 
+FORKED_WITHIN = """
+import os, time
+from fastpix2pix import signals
+with signals.stop_requests(print):
+    child = os.fork()
+    if child == 0:
+        time.sleep(1000)
+os.kill(child, 9)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_that_lives_on_does_not_hold_the_end_up():
+    """It has all descriptors of its parent."""
+    assert subprocess.run([sys.executable, "-c", FORKED_WITHIN], timeout=SECONDS).returncode == 0
+
+
 CLOSES_FOR_EVER = """
 import os, signal, time
 from fastpix2pix import signals

@@ -134,6 +134,21 @@ def test_two_processes_equal_their_own(program, tmp_path, float64):
             torch.testing.assert_close(files[name][key], value, rtol=1e-5, atol=1e-7, msg=f"{name} {key}")
 
 
+def test_what_keeps_one_process_from_it_keeps_both(program, tmp_path, monkeypatch):
+    """Else each would wait for another exchange."""
+
+    def work(rank):
+        if rank == 1:
+            monkeypatch.setattr(backend, "_differ", lambda *networks: True)
+        program("--no_dropout", form="2025")
+
+    run = Ranks(2, work, folder=tmp_path)
+    assert run.wait() == [0, 0], run.said()
+    first, second = run.said("out")
+    assert "fastpix2pix: what another process runs is not accelerated" in first
+    assert "netG, whose results are not those of the published one, is not accelerated" in second
+
+
 def test_16_bits_in_two_processes_are_left_to_them(program, tmp_path):
     def work(rank):
         program("--no_dropout", precision="bf16", form="2025")
@@ -195,7 +210,7 @@ def test_a_captured_step_behind_their_interface(program, tmp_path, monkeypatch, 
             self.train_step, FakeGraphBackend(lambda: static_tensors(self.train_step))
         )
 
-    monkeypatch.setattr(cpu_conv, "uses_tiles", lambda *args: False)
+    monkeypatch.setattr(cpu_conv, "find_tiling", lambda *_: None)
     expected = losses(program("--name", "eager")[1])
     monkeypatch.setattr(backend.AcceleratedPix2Pix, "_start_training", captured)
     model, output = program("--name", "captured")

@@ -1,5 +1,6 @@
 """The update of kernels/adam.py, by Triton and by PyTorch's fused Adam, against the fp64 reference."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -62,7 +63,7 @@ class Tensors:
     def step(self, form, lr, magnitude=1.0, grad_scale=None, found_inf=None):
         grads = [self._random(len(m), self.grad_dtype) * magnitude for m in self.exact[0]]
         self.clock.lr.fill_(lr)
-        adam.advance(self.clock, form, found_inf)
+        adam.advance(adam.Tick(self.clock, form, found_inf))
         # The kernel leaves the gradients alone, the CPU's path may not.
         mine = [grad.clone() for grad in grads]
         adam.update(self.parameters, mine, self.clock, form, grad_scale, found_inf)
@@ -132,14 +133,19 @@ def test_rate_of_the_first_and_of_late_steps(device, beta1, keras_eps):
     form = AdamForm(beta1, 0.999, 1e-7, keras_eps)
     clock = AdamClock.create(torch.device(device))
     clock.lr.fill_(2e-4)
+    other, stopped = (AdamClock.create(torch.device(device)) for _ in range(2))
+    found_infs = [torch.full((), number, device=device) for number in (0.0, 1.0)]
     for before in (0, 1, 40_000, 2**40):
         clock.step.fill_(before)
-        adam.advance(clock, form)
+        others = zip((other, stopped), (TORCH, KERAS), found_infs, strict=True)
+        adam.advance(*itertools.starmap(adam.Tick, others), adam.Tick(clock, form))
         t = before + 1
         root_c2 = (1 - 0.999**t) ** 0.5
         assert clock.step.item() == t
         assert clock.alpha.item() == pytest.approx(2e-4 * root_c2 / (1 - beta1**t), rel=1e-12, abs=0)
         assert clock.eps_hat.item() == pytest.approx(1e-7 if keras_eps else 1e-7 * root_c2, rel=1e-12, abs=0)
+    assert (other.step.item(), stopped.step.item()) == (4, 0)
+    assert other.eps_hat.item() == pytest.approx(TORCH.eps * (1 - TORCH.beta2**4) ** 0.5, rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("working_dtype", [None, torch.float16], ids=["fp32", "fp16"])
@@ -213,7 +219,7 @@ def test_finds_every_value_that_is_not_finite(device, dtype):
 @pytest.mark.parametrize("split, per_element", [(False, 28), (True, 26)])
 def test_small_tensors_share_launches_and_large_ones_do_not(triton_device, monkeypatch, split, per_element):
     monkeypatch.setattr(adam, "LARGE", 5000)
-    sizes = (5, 6000, 16, 5000, 7, 48)
+    sizes = (5, 6000, 16, 5000, 7, 2048)
     tensors = Tensors(sizes, torch.float32, torch.bfloat16, triton_device, split=split)
     seen = []
     with launch.observed(seen.append):
@@ -222,7 +228,17 @@ def test_small_tensors_share_launches_and_large_ones_do_not(triton_device, monke
     assert [(seen.name, len(seen.writes)) for seen in seen[1:]] == [("adam_update", n) for n in (4, 4, 8, 8)]
     # Apart by whether vectors of 16 bytes fill them; alpha and eps_hat are read too.
     moved = [seen.bytes_moved for seen in seen[1:]]
-    assert moved == [per_element * n + 16 for n in (6000, 5000, 64, 12)]
+    assert moved == [per_element * n + 16 for n in (6000, 5000, 2064, 12)]
+
+
+def test_short_tensors_share_a_launch_whatever_their_length(triton_device):
+    """Norms' parameters and last biases: at most a block each, so vectors make no difference."""
+    tensors = Tensors((64, 3, BLOCK, 1), torch.float32, None, triton_device)
+    seen = []
+    with launch.observed(seen.append):
+        tensors.step(KERAS, 1e-2)
+    tensors.check()
+    assert [(this.name, this.grid) for this in seen] == [("adam_advance", (1,)), ("adam_update", (4,))]
 
 
 # -------------------------------------------------------------------------------------------- split masters
@@ -270,7 +286,7 @@ def test_the_kernel_splits_and_joins_every_master_as_the_reference_does(triton_d
     moments = torch.zeros(2, len(master), device=triton_device)
     parameter = AdamTensors(*moments, None, *before)
     clock = AdamClock.create(torch.device(triton_device))
-    adam.advance(clock, TORCH)
+    adam.advance(adam.Tick(clock, TORCH))
     adam.update([parameter], [torch.zeros_like(before[0])], clock, TORCH)
     for half, expected in zip(before, (working, remainder), strict=True):
         assert torch.equal(half.cpu().view(torch.int16), expected.view(torch.int16))
@@ -287,7 +303,7 @@ def test_the_nan_of_a_gpu_stays_one(triton_device):
     )
     assert reference.join_master(*parameter[3:]).view(torch.int32).item() == 0x7FFFFFFF
     clock = AdamClock.create(torch.device(triton_device))
-    adam.advance(clock, TORCH)
+    adam.advance(adam.Tick(clock, TORCH))
     adam.update([parameter], [torch.zeros_like(working)], clock, TORCH)
     assert working.isnan().all()
 
@@ -308,7 +324,7 @@ def test_split_masters_go_the_way_of_separate_ones_bit_for_bit(device, request):
         for way in ways:
             grads = [way._random(6 * BLOCK, torch.bfloat16)]
             way.clock.lr.fill_(2e-4)
-            adam.advance(way.clock, KERAS)
+            adam.advance(adam.Tick(way.clock, KERAS))
             plain(way.parameters, grads, way.clock, KERAS)
         split, whole = (way.parameters[0] for way in ways)
         (master,) = ways[0].masters

@@ -1,4 +1,7 @@
-"""kernels/cpu_conv.py against PyTorch's convolutions: equal in float64, about as accurate in float32."""
+"""kernels/cpu_conv.py against PyTorch's convolutions: equal in float64, about as accurate in float32, and in
+bfloat16 rounded once."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -23,14 +26,21 @@ def gradients(y, dy, *inputs):
     return torch.autograd.grad(y, inputs, dy)
 
 
+def results_of(convolve, x, weight, dy):
+    """Output and gradients of x and the weight."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    y = convolve(x, weight)
+    return y.detach(), *gradients(y, dy, x, weight)
+
+
 def assert_equal(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.fixture
 def forced(monkeypatch):
-    """Makes every convolution use the given tiling."""
-    return lambda tiling: monkeypatch.setattr(cpu_conv, "choose_tiling", lambda *_: tiling)
+    """Makes every convolution use the given tiling, on any processor."""
+    return lambda tiling: monkeypatch.setattr(cpu_conv, "find_tiling", lambda *_: tiling)
 
 
 @pytest.mark.parametrize("height, width", SIZES)
@@ -138,27 +148,78 @@ def test_float32_is_about_as_accurate_as_the_library(layer):
     weight = random(small_channels, big_channels, 4, 4, dtype=torch.float32, requires_grad=True)
     dy = random(n, small_channels, side, side, dtype=torch.float32)
 
-    def results(convolve, *inputs):
-        x, weight, dy = (tensor.detach().requires_grad_() for tensor in inputs)
-        y = convolve(x, weight)
-        return y, *gradients(y, dy, x, weight)
-
-    truth = results(
+    truth = results_of(
         lambda x, weight: F.conv2d(x, weight, None, stride, 1), x.double(), weight.double(), dy.double()
     )
-    ours = results(lambda x, weight: conv2d(x, weight, stride=stride), x, weight, dy)
+    ours = results_of(lambda x, weight: conv2d(x, weight, stride=stride), x, weight, dy)
     for exact, our, allowed in zip(truth, ours, LIBRARY_ERROR[layer], strict=True):
-        error = (our.double() - exact).norm() / exact.norm()
-        assert error < max(2 * allowed, 1e-6)
+        assert distance(our, exact) < max(2 * allowed, 1e-6)
 
 
-def test_tilings_of_the_full_networks():
-    """The estimate finds what was measured to be fastest (AVX2, one core)."""
-    outputs = []
+@pytest.mark.parametrize(
+    "rates, dtype, expected",
+    [
+        (cpu_conv.FLOAT32_AVX2, torch.float32, [4, 2, 1, 4, 1, 3]),
+        (cpu_conv.FLOAT32_AVX512, torch.float32, [4, 1, 1, 4, 1, 3]),
+        (cpu_conv.BFLOAT16_AMX, torch.bfloat16, [None, 1, 1, None, None, None]),
+    ],
+    ids=["AVX2", "AVX-512", "bfloat16"],
+)
+def test_tilings_of_the_full_networks(rates, dtype, expected):
+    """The estimate finds what was measured to be fastest (one core of that kind)."""
+    found = []
     for stride, n, small_channels, big_channels, side in LAYERS.values():
-        tiling = cpu_conv.choose_tiling(stride, n, side, side, small_channels, big_channels)
-        outputs.append(tiling.outputs)
-    assert outputs == [4, 2, 1, 4, 1, 3]
+        x, weight = (
+            torch.empty(n, 1, 1, 1, dtype=dtype),
+            torch.empty(small_channels, big_channels, 4, 4).to(dtype),
+        )
+        found.append(cpu_conv.find_tiling(x, weight, stride, side, side, rates))
+    assert [None if tiling is None else tiling.outputs for tiling in found] == expected
+
+
+# Small images of few pixels and of many, odd ones too, and of several; channels that fill no vector.
+SIXTEEN_BIT_LAYERS = [
+    (1, 8, 6, 1, 1),
+    (2, 40, 24, 2, 2),
+    (2, 5, 3, 5, 7),
+    (1, 64, 32, 8, 12),
+    (1, 512, 64, 4, 4),
+]
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+@pytest.mark.parametrize("library", [True, False], ids=["oneDNN", "no oneDNN"])
+@pytest.mark.parametrize("n, small_channels, big_channels, height, width", SIXTEEN_BIT_LAYERS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_bfloat16_is_rounded_once(
+    stride, n, small_channels, big_channels, height, width, library, forced, monkeypatch
+):
+    """All three products of either convolution are float64's, rounded; and PyTorch's convolution in bfloat16
+    is no nearer to float64."""
+    forced(Tiling(stride, 1))
+    monkeypatch.setattr(cpu_conv, "_cpu_has", lambda dtype: True)
+    torch.manual_seed(0)
+    for odd in {0, stride - 1}:
+        h, w = (stride * (side - 1) + 2 + odd for side in (height, width))
+        big = random(n, big_channels, h, w, dtype=torch.bfloat16)
+        weight = random(small_channels, big_channels, 4, 4, dtype=torch.bfloat16)
+        small = random(n, small_channels, height, width, dtype=torch.bfloat16)
+        down = partial(F.conv2d, stride=stride, padding=1), partial(conv2d, stride=stride), big, small
+        up = partial(F.conv_transpose2d, stride=2, padding=1), conv_transpose2d, small, big
+        for theirs, ours, x, dy in [down, up] if stride == 2 and not odd else [down]:
+            with torch.backends.mkldnn.flags(enabled=library):
+                found = results_of(ours, x, weight, dy)
+            truth = results_of(theirs, x.double(), weight.double(), dy.double())
+            rival = results_of(theirs, x, weight, dy)
+            for mine, other, exact in zip(found, rival, truth, strict=True):
+                assert mine.dtype == torch.bfloat16 and mine.shape == exact.shape
+                half_a_digit = torch.finfo(torch.bfloat16).eps / 2
+                torch.testing.assert_close(mine.double(), exact, rtol=1.01 * half_a_digit, atol=1e-4)
+                assert distance(mine, exact) <= 1.02 * distance(other, exact)
+
+
+def distance(value, exact):
+    return ((value.double() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("outputs", [1, 4])
@@ -223,7 +284,10 @@ def test_16_bits_are_rounded_once_where_the_cpu_has_none(dtype, small_channels, 
 )
 def test_the_rest_is_the_library(x, weight, monkeypatch):
     monkeypatch.setattr(cpu_conv, "_cpu_has", lambda dtype: True)
-    assert not cpu_conv.uses_tiles(x, weight, 2)
+    monkeypatch.setattr(
+        cpu_conv, "rates_of_this_cpu", lambda dtype: None if dtype.itemsize == 2 else cpu_conv.FLOAT32_AVX2
+    )
+    assert cpu_conv.find_tiling(x, weight, 2, 4, 4) is None
     x, weight = x.requires_grad_(), weight.requires_grad_()
     expected = F.conv2d(x, weight, None, 2, 1)
     y, kept = conv2d_forward(x.detach(), weight.detach(), None, 2)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from fastpix2pix.kernels import deep_conv, language, launch, reference
 from fastpix2pix.kernels.norm_act import norm_act
 from fastpix2pix.kernels.reference import NormActConfig
+from fastpix2pix.models.blocks import Join
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -306,12 +307,62 @@ def test_between_deep_layers_a_gradient_passes_as_partial_sums(triton_device, mo
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item())
 
 
+def joined_layers(device: str, *, passage: deep_conv.Passage | None, skip_first: bool):
+    """Gradients of all that three deep layers read: down, and up, whose results lie side by side, and up."""
+    weights = [
+        random(*shape, 4, 4, dtype=torch.float16, seed=i).div_(8).to(device)
+        for i, shape in enumerate(((24, 32), (40, 32), (24 + 32, 16)))
+    ]
+    big, small = (
+        random(1, c, side, side, dtype=torch.float16, seed=c).to(device) for c, side in ((32, 8), (40, 2))
+    )
+    affine = [one.to(device) for c in (24, 32, 16) for one in (torch.ones(c), torch.zeros(c))]
+    inputs = [t.requires_grad_() for t in (big, small, *weights, *affine)]
+    joined = torch.empty(1, 56, 4, 4, dtype=torch.float16, device=device)
+    joined = joined.contiguous(memory_format=torch.channels_last)
+    parts = (joined[:, :24], joined[:, 24:]) if skip_first else (joined[:, 32:], joined[:, :32])
+    config = NormActConfig(slope=0.2)
+    y, skip = deep_conv.conv_norm_act(
+        big,
+        weights[0],
+        *affine[:2],
+        transposed=False,
+        config=config._replace(skip_slope=0.5),
+        skip_out=parts[0],
+        skip_after=passage,
+    )
+    up = deep_conv.conv_norm_act(
+        small, weights[1], *affine[2:4], transposed=True, config=config, out=parts[1], after=passage
+    )
+    x = Join.apply(*((skip, up) if skip_first else (up, skip)), (joined,))
+    out = deep_conv.conv_norm_act(x, weights[2], *affine[4:], transposed=True, config=config, before=passage)
+    (out.float().square().sum() + y.float().sum()).backward()
+    return [t.grad for t in inputs]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("skip_first", [True, False])
+def test_a_gradient_passes_to_both_layers_whose_results_were_joined(triton_device, monkeypatch, skip_first):
+    monkeypatch.setattr(deep_conv, "choose_splits", lambda *_, **__: 3)
+    monkeypatch.setattr(deep_conv, "chosen", Always())
+    results, adds = [], []
+    for passage in (deep_conv.Passage(), None):
+        launches = []
+        with launch.observed(launches.append):
+            results.append(joined_layers(triton_device, passage=passage, skip_first=skip_first))
+        adds.append(sum(this.name == "deep_conv_add" for this in launches))
+        assert passage is None or passage._left is None
+    assert adds == [2, 3]  # the inputs' own gradients are whole
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item())
+
+
 @needs_interpreter
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_a_second_reader_of_what_lies_between_deep_layers_is_an_error(triton_device, monkeypatch):
     monkeypatch.setattr(deep_conv, "choose_splits", lambda *_, **__: 3)
     monkeypatch.setattr(deep_conv, "chosen", Always())
-    with pytest.raises(RuntimeError, match="another reader than the second layer"):
+    with pytest.raises(RuntimeError, match="another reader than that layer"):
         two_layers(triton_device, passage=deep_conv.Passage(), also_read=True)
     with torch.autograd.detect_anomaly(check_nan=True):
         two_layers(triton_device, passage=deep_conv.Passage(), also_read=True)
@@ -360,13 +411,46 @@ def test_splits_fill_a_gpu_and_keep_partial_sums_small():
             tile = deep_conv.choose_product_tile(pixels, 2)
             tiles = 8 * -(-pixels // tile.pixels)
             weight_bytes, values = 512 * 512 * 32, 512 * pixels
-            splits = deep_conv.choose_splits(tiles, 256, weight_bytes, values, summed_by_next=summed_by_next)
+            splits = deep_conv.choose_splits(
+                tiles,
+                256,
+                weight_bytes,
+                values,
+                num_stages=tile.num_stages,
+                summed_by_next=summed_by_next,
+            )
             assert tiles * splits >= 64
             assert splits * values * 4 <= weight_bytes
 
 
 def test_nothing_is_split_where_there_are_programs_enough_or_a_launch_costs_more():
-    assert deep_conv.choose_splits(256, 64, 2**23, 2**10, summed_by_next=True) == 1
-    assert deep_conv.choose_splits(32, 64, 2**20, 2**10, summed_by_next=False) == 1
-    assert deep_conv.choose_splits(32, 64, 2**20, 2**10, summed_by_next=True) > 1
-    assert deep_conv.choose_splits(1, 2, 2**23, 2**10, summed_by_next=True) == 2, "blocks there are"
+    def splits(tiles, blocks, weight_bytes, *, summed_by_next=True):
+        return deep_conv.choose_splits(
+            tiles, blocks, weight_bytes, 2**10, num_stages=5, summed_by_next=summed_by_next
+        )
+
+    assert splits(1024, 8, 2**23) == 1
+    assert splits(32, 8, 2**20, summed_by_next=False) == 1
+    assert splits(32, 8, 2**20) > 1
+    assert splits(1, 16, 2**15) == 4, "as many loads as are under way"
+    assert splits(1, 3, 2**15) == 1
+
+
+@pytest.mark.parametrize("side, to_small, weight", [(1, 1, 1), (2, 4, 1), (8, 4, 2), (16, 8, 4)])
+def test_trips_to_memory_of_a_layer_of_512_channels(side, to_small, weight):
+    """Of (2 side, 2 side) pixels and (side, side): the shares' blocks of 32 channels of 16 taps (of 4, where
+    the image is one pixel), 5 or 4 loaded ahead; blocks of 16 or 32 pixels, 2 ahead."""
+    launches = []
+    small, big = (
+        torch.empty(1, s, s, 512, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
+        for s in (side, 2 * side)
+    )
+    of_weight = torch.empty(512, 4, 4, 512, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
+    with launch.observed(launches.append, run=False):
+        deep_conv.deep_conv_small(big, of_weight)
+        deep_conv.deep_conv_weight(small, big)
+    product, *_, gradient = launches
+    taps = 4 if side == 1 else 16
+    assert (product.name, gradient.name) == ("deep_conv_to_small", "deep_conv_to_weight")
+    assert product.trips == -(-(taps * 16 // product.grid[2]) // (5 if side < 5 else 4)) == to_small
+    assert gradient.trips == weight

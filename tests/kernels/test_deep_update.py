@@ -6,7 +6,7 @@ import torch
 from address_recorder import in_order, recorded
 from torch.nn import functional as F
 
-from fastpix2pix.kernels import adam, deep_update, language, reference
+from fastpix2pix.kernels import adam, deep_update, language, launch, reference
 from fastpix2pix.kernels.adam import AdamClock, AdamForm, AdamTensors
 
 KERAS, TORCH = AdamForm(0.5, 0.999, 1e-7, True), AdamForm(0.9, 0.99, 1e-8, False)
@@ -55,7 +55,7 @@ class Layer:
         return torch.autograd.grad(out, weight, self.small.double().cpu())[0]
 
     def step(self, form):
-        adam.advance(self.clock, form)
+        adam.advance(adam.Tick(self.clock, form))
         deep_update.update(self.small, self.big, self.weight, self.clock, form)
         numbers = {"lr": self.clock.lr.cpu(), "step": self.clock.step.cpu()}
         master, m, v = self.exact
@@ -133,7 +133,7 @@ def test_the_kernel_reads_the_gradient_as_it_was_summed(device):
     layer = Layer(1, 16, 16, 8, 8, torch.bfloat16, device)
     layer.weight.exp_avg.zero_()
     layer.clock.lr.fill_(0.0)
-    adam.advance(layer.clock, KERAS)
+    adam.advance(adam.Tick(layer.clock, KERAS))
     deep_update.update(layer.small, layer.big, layer.weight, layer.clock, KERAS)
     _, m, _ = layer.results()
     torch.testing.assert_close(m.double(), layer.exact_gradient() / 2, rtol=1e-5, atol=1e-5)
@@ -159,6 +159,17 @@ def test_weights_that_have_no_kernel(triton_device, change):
     )
     assert deep_update.serves(small, big, weight)
     assert not deep_update.serves(*change(small, big, weight))
+
+
+@pytest.mark.parametrize("side, trips", [(1, 2), (8, 2), (16, 5)])
+def test_trips_to_memory(side, trips):
+    """Blocks of at most 64 pixels one after the other, and then the weight's streams."""
+    small, big = (torch.empty(1, 32, s, s, dtype=BF16, device="meta") for s in (side, 2 * side))
+    vectors = torch.empty(3, 32 * 32 * 16, device="meta").unbind()
+    clock, launches = AdamClock.create(torch.device("meta")), []
+    with launch.observed(launches.append, run=False):
+        deep_update.update(small, big, AdamTensors(*vectors), clock, KERAS)
+    assert [(this.name, this.trips) for this in launches] == [("deep_update", trips)]
 
 
 @pytest.mark.skipif(not language.INTERPRETING, reason="needs Triton's interpreter")

@@ -381,32 +381,49 @@ def test_trips_of_larger_batches():
 # ---------------------------------------------------------------------- kernels: images as partial sums
 
 
-def partial_sums(count: int, like: Tensor, seed: int = 3) -> Tensor:
-    """(count, N * H * W, C), and some values of which float32 keeps a different sum in another order."""
+def partial_sums(count: int, like: Tensor, seed: int = 3, before: int = 0) -> Tensor:
+    """(count, N * H * W, C), and some values of which float32 keeps a different sum in another order.
+
+    before: channels of another image beside it in memory, in front.
+    """
     n, c, h, w = like.shape
     generator = torch.Generator().manual_seed(seed)
-    partials = torch.randn((count, n * h * w, c), generator=generator) / count**0.5
+    partials = torch.full((count, n * h * w, before + c), torch.nan)[:, :, before:]
+    partials.copy_(torch.randn((count, n * h * w, c), generator=generator) / count**0.5)
     if count > 2:
         partials[0, 0, 0], partials[1, 0, 0], partials[-1, 0, 0] = 2.0**26, 1.0, -(2.0**26)
     return partials
 
 
-SPLIT = [((1, 40, 1, 1), 32), ((1, 17, 2, 2), 5), ((2, 5, 4, 3), 3), ((1, 32, 16, 16), 8), ((3, 3, 1, 1), 1)]
+# The sizes of an image, its partial sums, whether it has a norm.
+SPLIT = [
+    ((1, 40, 1, 1), 32, True),
+    ((1, 40, 1, 1), 4, False),
+    ((1, 17, 2, 2), 5, True),
+    ((2, 5, 4, 3), 3, True),
+    ((2, 5, 4, 3), 2, False),
+    ((1, 32, 16, 16), 8, True),
+    ((3, 3, 1, 1), 1, True),
+]
 
 
 @pytest.mark.parametrize("few_pixels", [0, 1024], ids=["two launches", "one launch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape, count", SPLIT, ids=str)
-def test_an_image_may_come_as_partial_sums(triton_device, monkeypatch, shape, count, dtype, few_pixels):
-    """The same as with the sum, to the last bit: forward in place of x, which receives it, backward of dy."""
+@pytest.mark.parametrize("shape, count, norm", SPLIT, ids=str)
+def test_an_image_may_come_as_partial_sums(triton_device, monkeypatch, shape, count, norm, dtype, few_pixels):
+    """The same as with the sum, to the last bit: forward in place of x, which receives it, backward of dy and
+    of dskip, each of them a slice of the channels of something wider."""
     monkeypatch.setattr(kernels, "FEW_PIXELS", few_pixels)
-    config = NormActConfig(slope=0.2, skip_slope=0.0, dropout=0.3, groups=shape[0], layer=2)
+    groups = shape[0] if norm else 1
+    config = NormActConfig(norm=norm, slope=0.2, skip_slope=0.0, dropout=0.3, groups=groups, layer=2)
     case = make(shape, dtype, config, before=2).to(triton_device)
     rng = RNG.to(triton_device)
-    sums, dy_sums = (partial_sums(count, case.x, seed).to(triton_device) for seed in (3, 4))
+    sums = partial_sums(count, case.x, 3, before=3).to(triton_device)
+    dy_sums, dskip_sums = (partial_sums(n, case.x, 3 + n, before=n).to(triton_device) for n in (count, 2))
     if dtype == torch.bfloat16 or not few_pixels:
         # The interpreter cuts bf16 off where a GPU rounds, and the launcher adds in another order.
-        dy_sums = dy_sums.clamp(-3, 3).mul(4).round()
+        for some in (dy_sums, dskip_sums):
+            some.copy_(some.clamp(-3, 3).mul(4).round())
 
     def forward(x, **partials):
         case_ = case.to(triton_device)
@@ -414,18 +431,18 @@ def test_an_image_may_come_as_partial_sums(triton_device, monkeypatch, shape, co
         results = kernels.norm_act_forward(x, *parameters, rng, config, **partials)
         return [*results, case_.running_mean, case_.running_var]
 
-    def backward(x, dy, mean, rstd, **partials):
+    def backward(x, dy, dskip, mean, rstd, **partials):
         saved = case.weight, case.bias, mean, rstd
-        return kernels.norm_act_backward(dy, case.dskip, x, *saved, rng, config, **partials)
+        return kernels.norm_act_backward(dy, dskip, x, *saved, rng, config, **partials)
 
     x = torch.full_like(case.x, torch.nan, memory_format=torch.channels_last)
     with recorded() as recording:
         results = forward(x, partials=sums)
-        gradients = backward(x, None, *results[2:4], dy_partials=dy_sums)
+        gradients = backward(x, None, None, *results[2:4], dy_partials=dy_sums, dskip_partials=dskip_sums)
     assert not recording.findings, list(map(str, recording.findings))
 
     for actual, expected in zip(results, forward(x.clone()), strict=True):
-        assert torch.equal(actual, expected)
+        assert actual is expected is None or torch.equal(actual, expected)
     exact = torch.empty_like(x, dtype=torch.float32)  # the order matters: not in float64
     reference.add_partials(sums, exact)
     if few_pixels:
@@ -434,14 +451,14 @@ def test_an_image_may_come_as_partial_sums(triton_device, monkeypatch, shape, co
     else:
         exact[0, 0, 0, 0] = x[0, 0, 0, 0]
         assert_stored(x, exact.double(), slack=1e-6)
-    dy = reference.add_partials(dy_sums, torch.empty_like(x))
-    for actual, expected in zip(gradients, backward(x, dy, *results[2:4]), strict=True):
-        assert torch.equal(actual, expected)
+    stored = [reference.add_partials(some, torch.empty_like(x)) for some in (dy_sums, dskip_sums)]
+    for actual, expected in zip(gradients, backward(x, *stored, *results[2:4]), strict=True):
+        assert actual is expected is None or torch.equal(actual, expected)
 
 
 def test_the_reference_takes_partial_sums_too():
     case = make((2, 5, 4, 3), torch.bfloat16, NormActConfig(slope=0.2, skip_slope=0.0))
-    sums, dy_sums = partial_sums(3, case.x), partial_sums(2, case.x)
+    sums, dy_sums = partial_sums(3, case.x, before=1), partial_sums(2, case.x)
     x, dy = (torch.empty_like(case.x, memory_format=torch.channels_last) for _ in range(2))
     in_order = (sums[0] + sums[1]) + sums[2]
     parameters = case.weight, case.bias
@@ -451,7 +468,9 @@ def test_the_reference_takes_partial_sums_too():
     expected = reference.norm_act_forward(x.clone(), *parameters, None, None, None, case.config)
     saved = x, *parameters, expected.mean, expected.rstd, None, case.config
     actual += reference.norm_act_backward(None, case.dskip, *saved, dy_partials=dy_sums)
+    actual += reference.norm_act_backward(case.dskip, None, *saved, dskip_partials=dy_sums)
     expected += reference.norm_act_backward(dy, case.dskip, *saved)
+    expected += reference.norm_act_backward(case.dskip, dy, *saved)
     for mine, other in zip(actual, expected, strict=True):
         assert torch.equal(mine, other)
 
@@ -459,12 +478,14 @@ def test_the_reference_takes_partial_sums_too():
 def test_refuses_partial_sums_that_do_not_fit(triton_device):
     case = make((2, 5, 4, 3), torch.float32, NormActConfig()).to(triton_device)
     good = partial_sums(3, case.x).to(triton_device)
-    for bad in (good[:0], good[:, :-1], good.double(), good.mT.contiguous().mT, good[0]):
+    apart = partial_sums(6, case.x).to(triton_device)[::2]
+    for bad in (good[:0], good[:, :-1], good.double(), good.mT.contiguous().mT, good[0], apart):
         for ops in (kernels, reference):
-            with pytest.raises(ValueError, match=r"must be contiguous torch.float32 \(S, 24, 5\)"):
+            with pytest.raises(ValueError, match=r"must be torch.float32 \(S, 24, 5\)"):
                 ops.norm_act_forward(case.x, *(None,) * 5, case.config, partials=bad)
-            with pytest.raises(ValueError, match=r"must be contiguous torch.float32 \(S, 24, 5\)"):
-                ops.norm_act_backward(None, None, case.x, *(None,) * 5, case.config, dy_partials=bad)
+            for which in ("dy_partials", "dskip_partials"):
+                with pytest.raises(ValueError, match=r"must be torch.float32 \(S, 24, 5\)"):
+                    ops.norm_act_backward(None, None, case.x, *(None,) * 5, case.config, **{which: bad})
 
 
 # -------------------------------------------------------------------------------- kernels: memory and slices

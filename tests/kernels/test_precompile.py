@@ -32,7 +32,7 @@ def vectors(device):
 def ops(device):
     clock = adam.AdamClock.create(torch.device(device))
     form = adam.AdamForm(0.5, 0.999, 1e-7, True)
-    adam.advance(clock, form)
+    adam.advance(adam.Tick(clock, form))
     for vector in vectors(device):
         adam.update([adam.AdamTensors(vector, vector, vector)], [vector], clock, form)
     # Every argument that may be None or 1 is, once.

@@ -55,7 +55,7 @@ def test_images_are_as_close_as_with_stored_gradients(facades, monkeypatch):
     monkeypatch.setattr(deep_update, "serves", lambda small, big, weight: weight.shape[1] % 16 == 0)
     monkeypatch.setattr(optim, "use_triton", lambda tensor: True)
     fused, step = l1_after_training(train, test)
-    assert len(updates) == STEPS * 10
+    assert len(updates) == STEPS * 9  # of every deep layer but the bottleneck, which is constant at batch 1
     assert any("remainder" in state for state in step.gen_optimizer.state.values())
     print(f"L1 of {len(test)} test pairs after {STEPS} steps: {stored:.4f} stored, {fused:.4f} fused")
     assert fused == pytest.approx(stored, rel=0.01)

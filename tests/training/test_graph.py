@@ -24,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @pytest.fixture(autouse=True)
 def convolve_as_a_gpu_does(monkeypatch):
-    monkeypatch.setattr(cpu_conv, "uses_tiles", lambda *args: False)
+    monkeypatch.setattr(cpu_conv, "find_tiling", lambda *_: None)
 
 
 def small_step(preset="tutorial", precision="fp32", *, ngf=8, num_downs=6, seed=1, **options) -> TrainStep:
@@ -140,14 +140,15 @@ def test_each_shape_has_its_own_capture():
 
 
 def lr_as_a_number(monkeypatch):
-    advance = step.MasterAdam.begin_step
+    begin = step.begin_steps
 
-    def baked(self):
-        for group, clock in zip(self.param_groups, self._clocks, strict=True):
-            clock.lr.fill_(group["lr"])
-        advance(self)
+    def baked(optimizers):
+        for optimizer in optimizers:
+            for group, clock in zip(optimizer.param_groups, optimizer._clocks, strict=True):
+                clock.lr.fill_(group["lr"])
+        begin(optimizers)
 
-    monkeypatch.setattr(step.MasterAdam, "begin_step", baked)
+    monkeypatch.setattr(step, "begin_steps", baked)
 
 
 def dropout_seed_from_the_host(monkeypatch):
@@ -163,16 +164,16 @@ def dropout_seed_from_the_host(monkeypatch):
 
 def state_created_inside(monkeypatch):
     """As an optimizer that makes its moments at its first step, captured without a warm-up."""
-    begin = step.MasterAdam.begin_step
+    begin, made = step.begin_steps, set()
 
-    def lazy(self):
-        if not hasattr(self, "made"):
-            self.made = True
-            for state in self.state.values():
+    def lazy(optimizers):
+        for optimizer in set(optimizers) - made:
+            made.add(optimizer)
+            for state in optimizer.state.values():
                 state["exp_avg"] = torch.zeros_like(state["exp_avg"])
-        begin(self)
+        begin(optimizers)
 
-    monkeypatch.setattr(step.MasterAdam, "begin_step", lazy)
+    monkeypatch.setattr(step, "begin_steps", lazy)
     monkeypatch.setattr(graph, "WARM_UP_STEPS", 0)
 
 

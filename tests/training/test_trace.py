@@ -60,11 +60,13 @@ def test_the_random_state_is_left_alone():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_only_the_last_biases_share_no_launch(precision):
+def test_the_last_biases_share_launches_with_short_tensors_only(precision):
     """Their sizes are no multiples of 16, which would cost the other tensors of a launch their vectors."""
     launches = [launch for _, launch in kernel_launches(precision) if launch.name == "adam_update"]
-    sizes = [[master.numel() for master in launch.args[0]] for launch in launches]
-    assert sorted(some for some in sizes if any(size % 16 for size in some)) == [[1], [3]]
+    sizes = [[gradient.numel() for gradient in launch.args[0]] for launch in launches]
+    odd = [some for some in sizes if any(size % 16 for size in some)]
+    assert {size for some in odd for size in some if size % 16} == {1, 3}
+    assert all(max(some) <= 512 for some in odd)
     assert max(map(len, sizes)) > 25, "and the small ones share theirs"
 
 
@@ -72,7 +74,8 @@ def test_labelled_launches_cover_both_presets_without_repeats():
     assert "deep_update" in {launch.name for _, launch in kernel_launches("bf16")}
     labelled = kernel_launches("fp16")
     names = {launch.name for _, launch in labelled}
-    assert len(names) == 19, "every kernel of the package but one, as a loss scale rules out early updates"
+    # A loss scale rules out early updates; no step adds partial sums up in a launch of its own.
+    assert len(names) == 18, "every kernel of the package but two"
     assert {label.split()[0] for label, _ in labelled} == {"tutorial", "junyanz"}
     assert len(labelled) < len(full_step("fp16")) * 2 * 0.8
     assert "junyanz 16x16x512 dropout" in {label for label, _ in labelled}

@@ -23,7 +23,7 @@ from fastpix2pix.models.blocks import Epilogue
 from fastpix2pix.models.discriminator import min_size
 from fastpix2pix.models.generator import size_multiple
 from fastpix2pix.models.options import GENERATOR_DEPTHS
-from fastpix2pix.training.distributed import ranks_of_group
+from fastpix2pix.training.distributed import Ranks, ranks_of_group
 from fastpix2pix.training.optim import MasterAdam
 from fastpix2pix.training.options import StepOptions
 from fastpix2pix.training.precision import WORKING_TYPES
@@ -100,11 +100,19 @@ class AcceleratedPix2Pix:
     def setup(self, opt: Any) -> None:
         """Theirs, which initialises or loads the networks; then ours take over their weights."""
         super().setup(opt)
-        obstacle = self._obstacle(opt) or self._take_over(opt)
+        ranks = ranks_of_group(self.device)
+        obstacle: str | None = self._obstacle(opt, ranks)
+        ours = self._own_networks(opt) if obstacle is None else {}
+        if isinstance(ours, str):
+            obstacle = ours
+        if ranks.agree(obstacle is not None) and obstacle is None:
+            obstacle = "what another process runs"
+        if obstacle is None:
+            obstacle = self._take_over(opt, ours, ranks)
         if obstacle is not None:
             print(NOT_ACCELERATED.format(obstacle))
 
-    def _obstacle(self, opt: Any) -> str | None:
+    def _obstacle(self, opt: Any, ranks: Ranks) -> str | None:
         """What our backend does not cover in this run, or None."""
         flags = ACCELERATED_IN_TRAINING if self.isTrain else ACCELERATED
         for flag, values in flags.items():
@@ -112,7 +120,7 @@ class AcceleratedPix2Pix:
                 return f"--{flag} {getattr(opt, flag)}"
         if len(getattr(self, "gpu_ids", ())) > 1:
             return "one process on several GPUs"
-        if ranks_of_group().size > 1 and self.isTrain and self.precision is not None:
+        if ranks.size > 1 and self.isTrain and self.precision is not None:
             # Masters would have to be gathered by all processes, and their program saves in the first alone.
             return f"--precision {self.precision} in several processes"
         for name in PUBLISHED_UPDATE if self.isTrain else ("forward",):
@@ -127,12 +135,16 @@ class AcceleratedPix2Pix:
             return "an optimizer other than the published Adam"
         return None
 
-    def _take_over(self, opt: Any) -> str | None:
-        """Put our networks, step and optimizers in the place of theirs; or say what keeps them."""
+    def _depths(self, opt: Any) -> tuple[int, int, int]:
+        """Of the generator and of the discriminator, and the fewest pixels a side that both can work on."""
         depth = GENERATOR_DEPTHS[opt.netG]
         n_layers = opt.n_layers_D if self.isTrain and opt.netD == "n_layers" else 3
-        size = max(size_multiple(depth), min_size(n_layers))  # pixels that both networks can work on
-        ours = {}
+        return depth, n_layers, max(size_multiple(depth), min_size(n_layers))
+
+    def _own_networks(self, opt: Any) -> dict[str, nn.Module] | str:
+        """Ours with the weights of theirs, by name; or what keeps them from taking over."""
+        depth, n_layers, size = self._depths(opt)
+        ours: dict[str, nn.Module] = {}
         with torch.random.fork_rng(devices=[]):  # their random numbers go on as if we had drawn none
             ours["G"] = UNetGenerator(
                 "junyanz",
@@ -156,11 +168,16 @@ class AcceleratedPix2Pix:
                 return f"net{name}, which is not the published one,"
             if _differ(theirs, network, size):
                 return f"net{name}, whose results are not those of the published one,"
+        return ours
 
+    def _take_over(self, opt: Any, ours: dict[str, nn.Module], ranks: Ranks) -> str | None:
+        """Put our networks, step and optimizers in the place of theirs; or say what keeps them."""
         if self.isTrain:
             try:
-                prepared = self._prepare(opt, ours["G"], ours["D"], size)
+                prepared = self._prepare(opt, ours["G"], ours["D"], ranks)
             except UserError as error:
+                if ranks.size > 1:  # the others have begun
+                    raise
                 return f"training on this device ({error})"
         for name, network in ours.items():
             parallel = isinstance(getattr(self, f"net{name}"), nn.DataParallel)
@@ -171,7 +188,7 @@ class AcceleratedPix2Pix:
         print(f"fastpix2pix: net{' and net'.join(ours)} run accelerated on {self.device}")
         return None
 
-    def _prepare(self, opt: Any, generator: nn.Module, discriminator: nn.Module, size: int) -> PreparedStep:
+    def _prepare(self, opt: Any, generator: Any, discriminator: Any, ranks: Ranks) -> PreparedStep:
         """Our step on their device, in fp32 unless ``precision`` says otherwise."""
         tf32 = self.device.type == "cuda" and float32_convolutions_use_tf32()
         options = StepOptions(
@@ -183,9 +200,8 @@ class AcceleratedPix2Pix:
             precision=self.precision or ("tf32" if tf32 else "fp32"),
         )
         with torch.random.fork_rng():
-            return prepare_step(
-                generator, discriminator, options, self.device, image_size=size, ranks=ranks_of_group()
-            )
+            *_, size = self._depths(opt)
+            return prepare_step(generator, discriminator, options, self.device, image_size=size, ranks=ranks)
 
     def _start_training(self, opt: Any, prepared: PreparedStep) -> None:
         """Put our step in the place of theirs, and its optimizers where their schedulers find them."""
@@ -224,7 +240,7 @@ class AcceleratedPix2Pix:
         """Write ``<epoch>_net_G.pth`` and ``<epoch>_net_D.pth``, in their form."""
         if not self.taken_over:
             return super().save_networks(epoch)
-        if ranks_of_group().rank:
+        if ranks_of_group(self.device).rank:
             return
         for name, network, optimizer in self._networks():
             if self.isTrain:  # in a step of theirs G sees one batch, and D three: fake, real, and fake again
