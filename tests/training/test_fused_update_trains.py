@@ -48,6 +48,7 @@ def l1_after_training(train: list, test: list) -> tuple[float, TrainStep]:
 def test_images_are_as_close_as_with_stored_gradients(facades, monkeypatch):
     train, test = (list(images(facades, split)) for split in ("train", "test"))
     call_small_weights_large(monkeypatch)
+    monkeypatch.setattr(deep_update, "serves", lambda small, big, weight: False)
     stored, _ = l1_after_training(train, test)
     updates = []
     update = deep_update.update
