@@ -35,8 +35,7 @@ def cpu_multiplies_bf16_matrices() -> bool:
     """Whether this CPU has matrix units for bf16 (AMX) and PyTorch's convolutions can use them.
 
     A property of the processor, so that every start of a run chooses the same. A step of the full networks
-    takes 0.6 times as long as in fp32 there; without instructions for it bf16 is emulated, 10 to 100 times
-    slower.
+    takes half as long as in fp32 there; without instructions for it bf16 is emulated, 10 to 100 times slower.
     """
     return torch.cpu._is_amx_tile_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
