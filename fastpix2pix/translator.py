@@ -9,7 +9,7 @@ from torch import Tensor
 from fastpix2pix import checkpoint
 from fastpix2pix.config import TrainConfig
 from fastpix2pix.data.options import Direction
-from fastpix2pix.data.sides import Side
+from fastpix2pix.data.sides import Side, of_8_bits
 from fastpix2pix.device import choose_device
 from fastpix2pix.errors import UserError
 from fastpix2pix.free_memory import free_memory, in_words
@@ -48,8 +48,8 @@ class Translator(PictureModel):
     ):
         self.generator = generator.train(not evaluation).requires_grad_(False)
         self.direction, self.size, self.source = direction, size, source
-        self.input = input or Side("input", generator.in_channels)
-        self.output = output or Side("output", generator.out_channels)
+        self.input = input or of_8_bits("input", generator.in_channels)
+        self.output = output or of_8_bits("output", generator.out_channels)
         self.interpolation = find_preset(generator.preset).data.interpolation
         self.evaluation, self.seed = evaluation, seed
         multiple = size_multiple(generator.num_downs)

@@ -13,7 +13,10 @@ from fastpix2pix.data.pictures import DTYPES, Header, can_hold
 from fastpix2pix.data.resize import Interpolation, resize
 from fastpix2pix.errors import UserError
 
+Name = Literal["input", "output"]
 Range = tuple[float, float]
+
+SUFFIXES = (".png", ".tif", ".npy")  # what results are written as
 
 
 def check_range(flag: str, values: Range | None) -> None:
@@ -31,7 +34,7 @@ class Side:
     suffix: how files hold it, which results are written as.
     """
 
-    name: Literal["input", "output"]
+    name: Name
     channels: int = 3
     range: Range | None = None
     dtype: str = "uint8"
@@ -123,19 +126,25 @@ class Side:
 
     def recorded(self, record: Mapping[str, str]) -> "Side":
         """This side with what ``record`` says of it. Raises ValueError for what it never says."""
-        dtype, suffix = record.get(f"{self.name}_files", self.files).split(" ")
-        if dtype not in DTYPES or suffix not in (".png", ".tif", ".npy"):
-            raise ValueError(f"{self.name}_files: {dtype} {suffix}")
         range = self.range
         if low_high := record.get(f"{self.name}_range"):
             low, high = map(float, low_high.split(" "))
             range = low, high
+        dtype, suffix = record.get(f"{self.name}_files", self.files).split(" ")
+        scaled = dtype in DTYPES and (range is not None or dtype != "float32")
+        if not scaled or suffix not in SUFFIXES or not can_hold(suffix, self.channels, dtype):
+            raise ValueError(f"{self.name}_files: {dtype} {suffix}")
         return replace(self, range=range, dtype=dtype, suffix=suffix)
 
     def __str__(self) -> str:
         plural = "" if self.channels == 1 else "s"
         of = "" if self.range is None else f", {self.range[0]:g} to {self.range[1]:g}"
         return f"{self.channels} channel{plural} of {self.dtype}{of}"
+
+
+def of_8_bits(name: Name, channels: int) -> Side:
+    """A side of which nothing but the channels is known."""
+    return Side(name, channels).of_file(Header((0, 0), channels, "uint8"), ".png")
 
 
 def widest(sides: Iterable[Side]) -> Side:

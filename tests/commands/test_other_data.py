@@ -233,6 +233,15 @@ def test_files_of_another_kind_are_refused_in_one_line(trained, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("said", ["float32", "complex64 .tif", "float32 .png", "uint16 .exe", 5, None])
+def test_a_checkpoint_that_says_nonsense_of_its_files_is_one_line(trained, tmp_path, said):
+    state = checkpoint.load(checkpoint.latest(trained.run))
+    state["environment"]["output_files"] = said
+    checkpoint.save(tmp_path / "nonsense", 1, state, keep=1)
+    with pytest.raises(UserError, match="does not say of which type its images are"):
+        fastpix2pix.load(tmp_path / "nonsense", device="cpu")
+
+
 def test_pictures_of_pil_where_they_can_hold_it(trained):
     model, source = fastpix2pix.load(trained.run, device="cpu"), trained.pairs[0][0]
     if trained.task.channels[0] > 1:
