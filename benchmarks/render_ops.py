@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import results
 from benchmarks.render import circumstances, hardware, number, paragraph, table
-from fastpix2pix.kernels import gan_loss, launch, norm_act, tanh_l1
+from fastpix2pix.kernels import adam, deep_conv, gan_loss, launch, norm_act, tanh_l1
 from fastpix2pix.kernels.reference import NormActConfig
 
 PAGES = Path(__file__).resolve().parents[1] / "docs" / "ops"
@@ -78,6 +78,46 @@ def gan_loss_launches() -> str:
     return table(("fp32, losses and gradients", "launches", "kB"), rows)
 
 
+def adam_launches() -> str:
+    form, clock = adam.AdamForm(0.5, 0.999, 1e-7, True), adam.AdamClock.create(torch.device("meta"))
+    rows = []
+    for what, split, sizes in (
+        ("bf16, split master, 512x512x4x4", True, [512 * 512 * 16]),
+        ("fp16, copy of the master, 512x512x4x4", False, [512 * 512 * 16]),
+        ("bf16, split masters, 20 of 512", True, [512] * 20),
+    ):
+        dtype = torch.bfloat16 if split else torch.float16
+        parameters = [
+            adam.AdamTensors(
+                vector(size),
+                vector(size),
+                None if split else vector(size),
+                vector(size).to(dtype),
+                vector(size).to(torch.int16) if split else None,
+            )
+            for size in sizes
+        ]
+        grads = [vector(size).to(dtype) for size in sizes]
+        _, *made = counted(lambda p=parameters, g=grads: adam.update(p, g, clock, form))
+        rows.append((what, *made))
+    return table(("moments in fp32", "launches", "kB"), rows)
+
+
+def deep_conv_launches() -> str:
+    weight = image(512, 512, 4, 4)
+    rows = []
+    for side in (8, 2):
+        small, big = image(1, 512, side, side), image(1, 512, 2 * side, 2 * side)
+        for what, call in (
+            ("big to small", lambda big=big: deep_conv.deep_conv_small(big, weight)),
+            ("small to big", lambda small=small: deep_conv.deep_conv_big(small, weight)),
+            ("weight gradient", lambda small=small, big=big: deep_conv.deep_conv_weight(small, big)),
+        ):
+            _, *made = counted(call)
+            rows.append((f"{what}, {side}x{side} and {2 * side}x{2 * side}", *made))
+    return table(("bf16, weight 512x512x4x4", "launches", "kB"), rows)
+
+
 def measured(what: str, words: str, rows: Callable[[dict[str, Any]], str]) -> str:
     parts = []
     for result in results.committed():
@@ -127,6 +167,8 @@ def tables() -> dict[tuple[str, str], str]:
         ("norm_act.md", "launches"): norm_act_launches(),
         ("tanh_l1.md", "launches"): tanh_l1_launches(),
         ("gan_loss.md", "launches"): gan_loss_launches(),
+        ("adam.md", "launches"): adam_launches(),
+        ("deep_conv.md", "launches"): deep_conv_launches(),
         ("norm_act.md", "measured"): measured("ops", ops, ops_rows),
         ("accelerate.md", "measured"): measured("accelerate", networks, accelerate_rows),
     }

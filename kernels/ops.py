@@ -36,6 +36,16 @@ def _register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) ->
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def _apart(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` with results that share no memory, as those of an op may not: all but the first are copied."""
+
+    def op(*arguments: Any) -> tuple[Tensor, ...]:
+        first, *others = run(*arguments)
+        return first, *(t.clone(memory_format=torch.contiguous_format) for t in others)
+
+    return op
+
+
 class _Gradients(torch.autograd.Function):
     """A backward pass that something wants to differentiate in its turn, which is refused when it does."""
 
@@ -99,7 +109,7 @@ def _norm_act_run(
         made = norm_act.norm_act_forward(x, weight, bias, running_mean, running_var, rng, config)
     empty = x.new_empty((0, x.shape[1]), dtype=compute_dtype(x.dtype))
     saved = (empty.clone() if t is None else t for t in (made.mean, made.rstd))
-    if not config.training:  # results of an op alias nothing; these may be views of running statistics
+    if not config.training:  # these may be views of running statistics
         saved = (t.clone(memory_format=torch.contiguous_format) for t in saved)
     return made.y.contiguous(memory_format=_layout(x)), *saved
 
@@ -158,13 +168,13 @@ def _constants(config: NormActConfig) -> tuple[Any, ...]:
 NORM_ACT = _register(
     "norm_act(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     f"Tensor? rng, {_CONSTANTS}) -> (Tensor y, Tensor mean, Tensor rstd)",
-    _norm_act_run,
+    _apart(_norm_act_run),
     _norm_act_fake,
 )
 NORM_ACT_BACKWARD = _register(
     "norm_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
     f"Tensor? rng, bool needs_affine, {_CONSTANTS}) -> (Tensor dx, Tensor dweight, Tensor dbias)",
-    _norm_act_backward_run,
+    _apart(_norm_act_backward_run),
     _norm_act_backward_fake,
 )
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import render_ops
+from fastpix2pix import accelerate
 from fastpix2pix.kernels import language
+from tests.interop.published_networks import HDGlobal
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "docs" / "use-it-in-your-own-pix2pix.md"
@@ -28,6 +30,16 @@ def test_an_example_prints_what_the_guide_says(name):
     guide = GUIDE.read_text(encoding="utf-8")
     said = re.search(rf"<!-- output of examples/{name} -->\n```\n(.*?)```", guide, re.DOTALL)[1]
     assert without_last_digit(done.stdout) == without_last_digit(said)
+
+
+def test_the_guide_shows_what_accelerate_says_of_a_residual_generator():
+    text = GUIDE.read_text(encoding="utf-8")
+    first, *fused = re.search(r"accelerate\(generator\)\)\n```\n\n```\n(.*?)```", text, re.DOTALL)[
+        1
+    ].splitlines()
+    report = str(accelerate(HDGlobal(4, downs=2, blocks=6), layout="channels_last")).splitlines()
+    assert first == report[0]
+    assert [line for line in report if line in fused] == [line for line in fused if line.strip() != "..."]
 
 
 @pytest.mark.skipif(not language.HAS_TRITON, reason="Triton is not installed")

@@ -552,8 +552,9 @@ def test_published_networks_compute_what_they_did(name, layout, n):
     assert (len(report.changed), report.left) == (norms, [])
     assert not [line for line in report.changed if "alone" in line]
     assert list(fused.state_dict()) == list(network.state_dict())
+    side = 128 // n  # the inner norms of the local enhancer see a 32nd of it, and few values amplify rounding
     images = [
-        torch.randn(n, channels, 64, 64, dtype=torch.float64, requires_grad=True)
+        torch.randn(n, channels, side, side, dtype=torch.float64, requires_grad=True)
         for channels in PUBLISHED[name].inputs
     ]
 

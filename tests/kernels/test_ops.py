@@ -111,7 +111,7 @@ def test_the_registered_op_computes_what_the_reference_does(name, memory_format)
     for mine, theirs in zip((mean, var), twins, strict=True):
         assert mine is None or torch.allclose(mine, theirs)
     written = [t._version for t in (mean, var) if t is not None]  # which autograd looks at
-    assert written == [version + config.training for version in versions]
+    assert [a > b for a, b in zip(written, versions, strict=True)] == [config.training] * len(versions)
 
 
 def test_the_registered_tanh_l1_computes_what_plain_pytorch_does():
