@@ -1,6 +1,6 @@
 """A forward and backward pass of eight published networks, as they are and accelerated, in turns.
 
-    python -m benchmarks.accelerate --json benchmarks/results/accelerate-cpu.json
+    python -m benchmarks.accelerate --json benchmarks/results/accelerate-cpu-avx512.json
 
 Both layouts: a network that stays contiguous, and one that was brought to channels-last before. Ratios of the
 process's CPU time, which others on the machine disturb least, and of the clock's.
@@ -9,6 +9,7 @@ process's CPU time, which others on the machine disturb least, and of the clock'
 import argparse
 import copy
 import gc
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.interop.published_networks import PUBLISHED
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 WIDTH, SIDE = 16, 128
+TURN = 0.1  # seconds that a turn is to last at least: short passes several times in a row
 SIDES = {"PyTorch-GAN generator": 256}  # it halves its images eight times
 
 
@@ -55,7 +57,8 @@ def compare(name: str, rounds: int) -> list[dict[str, Any]]:
         for run in runs.values():
             run()
             run()
-        turns = {side: partial(timed, run) for side, run in runs.items()}
+        times = max(1, math.ceil(TURN / timed(runs["plain"]).cpu))
+        turns = {side: partial(timed, run, times) for side, run in runs.items()}
         gc.collect()
         seconds = interleaved(turns, rounds)
         cpu, wall = (

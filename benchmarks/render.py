@@ -156,7 +156,11 @@ def model(rooflines: list[Result]) -> list[str]:
 
 def climb(result: Result) -> list[str]:
     """What each measure brings on one GPU, by the model with latency."""
-    words = f"What each measure brings to a step of {images(result)}, by the model with latency:"
+    words = (
+        f"What each measure brings to a step of {images(result)}, by the model with latency, in which a "
+        "library's convolution waits for memory once and ours as often as it does (on a GPU both are timed, "
+        "and the faster one is taken):"
+    )
     rows = [
         (row["rung"], str(row["operators"]), f"{row['moved_gb']:.2f}", f"{row['ms']:.2f}")
         for row in result["ladder"][COUNTED]

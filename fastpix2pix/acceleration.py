@@ -248,9 +248,9 @@ def accelerate(module: nn.Module, *, layout: Layout = "auto") -> Acceleration:
     GPU. What is left is listed with its reason.
 
     layout: "channels_last" brings weights to that memory format, so that the first convolution brings images
-    to it; "keep" changes nothing, and every op computes in the layout that comes in; "auto" is channels_last
-    for a network on a GPU, where the kernels work in it, and keep on the CPU, where PyTorch's convolutions
-    are as fast in either. UserError for another.
+    to it; "keep" changes nothing, and every op returns the layout that comes in, for which the kernels of a
+    GPU convert contiguous images there and back; "auto" is channels_last for a network on a GPU, where the
+    kernels work in it, and keep on the CPU, where ops compute in either. UserError for another.
 
     Results, gradients and running statistics stay the same to rounding; on a GPU dropout masks follow the
     same distribution and torch's seed, but are other masks than ``nn.Dropout`` draws. Parameters, buffers

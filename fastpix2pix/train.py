@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from fastpix2pix.interop.junyanz.flags import train_words
 from fastpix2pix.models import build_networks
 from fastpix2pix.monitor import FIRST_LOSSES, Monitor, NoMonitor
 from fastpix2pix.signals import end_at_once, limited, say, stop_requests
-from fastpix2pix.training.distributed import ALONE, RankGone, Ranks, joined, restarted
+from fastpix2pix.training.distributed import ALONE, RankGone, Ranks, joined
 from fastpix2pix.training.fine_tuning import begin_with
 from fastpix2pix.training.precision import WORKING_TYPES, choose_precision
 from fastpix2pix.training.prepare import PreparedStep, prepare_step
@@ -383,13 +384,13 @@ def save_in_spite_of(save: Callable[[], None], steps: int) -> bool:
     return True
 
 
-def goes_on(folder: Path) -> bool:
+def goes_on(folder: Path, ranks: Ranks) -> bool:
     """Whether torchrun has started the run in ``folder`` again after it saved a checkpoint, from which it
     then goes on without being told to."""
-    return restarted() and checkpoint.latest(folder) is not None
+    return ranks.restarted and checkpoint.latest(folder) is not None
 
 
-def defaults(argv: Sequence[str]) -> TrainConfig | None:
+def defaults(ranks: Ranks, argv: Sequence[str]) -> TrainConfig | None:
     """What flags are laid over before anything is checked: what the run to continue was asked for, or what
     --quick stands for; None for neither. A flag that sets the length takes the place of theirs."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -403,7 +404,7 @@ def defaults(argv: Sequence[str]) -> TrainConfig | None:
         flags, others = parser.parse_known_args(argv)
     except argparse.ArgumentError:
         return None  # the real parser says what is wrong
-    if flags.continue_train or goes_on(flags.checkpoints_dir / flags.name):
+    if flags.continue_train or goes_on(flags.checkpoints_dir / flags.name, ranks):
         check_name(flags.name)
         saved = run_folder.read_request(flags.checkpoints_dir / flags.name)
     elif flags.quick:
@@ -425,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
         def decided(parse: Callable[[], TrainConfig]) -> TrainConfig:
             def request() -> TrainConfig:
                 config = parse()
-                again = config.continue_train or goes_on(config.run_folder)
+                again = config.continue_train or goes_on(config.run_folder, ranks)
                 return dataclasses.replace(config, continue_train=again)
 
             return ranks.first_decides(request)
@@ -437,7 +438,7 @@ def main(argv: list[str] | None = None) -> None:
             TrainConfig,
             command,
             argv,
-            default=defaults,
+            default=partial(defaults, ranks),
             habits=train_words,
             decide=decided,
             complain=ranks.complain,

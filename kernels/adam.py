@@ -317,5 +317,7 @@ def _update_on_cpu(
     for tensors in zip(masters, grads, exp_avgs, exp_avg_sqs, workings, strict=True):
         chunks = (tensor.split(CPU_CHUNK) for tensor in tensors)
         for master, grad, exp_avg, exp_avg_sq, working in zip(*chunks, strict=True):
-            fused([master], [scratch[: grad.numel()].copy_(grad)], [exp_avg], [exp_avg_sq])
+            if grad.dtype != master.dtype:
+                grad = scratch[: grad.numel()].copy_(grad)
+            fused([master], [grad], [exp_avg], [exp_avg_sq])
             working.copy_(master)

@@ -65,8 +65,8 @@ class Rates(NamedTuple):
 
     products: float
     unfolded: float
-    in_tile: float
-    in_weight: float
+    in_tile: float = 0.0
+    in_weight: float = 0.0
     gathered: float = 0.0
     as_it_lies: float = 0.0
     library: float | None = None
@@ -83,8 +83,6 @@ BFLOAT16_AMX = Rates(
     products=350,
     unfolded=0.15,
     gathered=0.15,
-    in_tile=0.0,
-    in_weight=0.0,
     as_it_lies=0.4,
     library=330,
     library_weight=1.33,
@@ -92,7 +90,8 @@ BFLOAT16_AMX = Rates(
 """The same Xeon, whose matrix units oneDNN uses."""
 
 FEW_PIXELS = 16
-"""Of a small image: up to so many, reading the weight takes longer than multiplying it four times over."""
+"""Of a small image, the whole batch together: up to so many, moving a weight takes longer than arithmetic
+with it, however wasteful."""
 
 Grid = tuple[int, int]
 """Tiles that cover an image: rows, columns."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastpix2pix.kernels.launch import use_triton
 from fastpix2pix.kernels.reference import (
     NormActBackward,
     NormActConfig,
@@ -31,6 +32,7 @@ def covers(x: Tensor, weight: Tensor | None, config: NormActConfig) -> bool:
     """
     return (
         x.device.type == "cpu"
+        and not use_triton(x)
         and x.dtype in (torch.float32, torch.float64)
         and (weight is None or weight.dtype == x.dtype)
         and config.norm
@@ -42,10 +44,20 @@ def covers(x: Tensor, weight: Tensor | None, config: NormActConfig) -> bool:
 
 
 def activate(y: Tensor, slope: float) -> Tensor:
-    """(Leaky)ReLU in place; slope 1 is the identity."""
-    if slope == 1.0:
-        return y
-    return y.relu_() if slope == 0.0 else F.leaky_relu_(y, slope)
+    """(Leaky)ReLU in place; slope 1 is the identity. Where y is channels-last, so is its gradient."""
+    if slope != 1.0:
+        y = y.relu_() if slope == 0.0 else F.leaky_relu_(y, slope)
+    if y.requires_grad and _is_channels_last(y) and not y.is_contiguous():
+        y.register_hook(_to_channels_last)
+    return y
+
+
+def _to_channels_last(gradient: Tensor) -> Tensor:
+    """From contiguous memory, in which the mean of a loss leaves the gradient of an image of any layout.
+
+    PyTorch's kernels walk through images of two layouts value by value: twenty times as long as this copy.
+    """
+    return gradient.contiguous(memory_format=channels_last) if gradient.is_contiguous() else gradient
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -73,7 +85,7 @@ def norm_act(
     if config.groups == 1 or not config.training:
         y = torch.batch_norm(x, weight, bias, running_mean, running_var, *rest)
     elif _is_channels_last(x):
-        y = _ImageByImage.apply(x, weight, bias, config)
+        return _ImageByImage.apply(x, weight, bias, config)
     else:
         flat = torch.batch_norm(
             x.reshape(1, n * c, h, w), _tiled(weight, n), _tiled(bias, n), None, None, *rest
@@ -114,6 +126,8 @@ def norm_act_backward(
     needs_affine: bool,
 ) -> NormActBackward:
     """``reference.norm_act_backward`` for what it ``covers``, in the layout of ``x``."""
+    if _is_channels_last(x):
+        dy = _to_channels_last(dy)
     if config.slope != 1.0:  # the sign of the norm's result, once more from x
         z = _affine(x, weight, bias, mean, rstd)
         dy = torch.ops.aten.leaky_relu_backward(dy, z, config.slope, False)
@@ -172,6 +186,7 @@ def _backward_by_group(
         dx, *affine = backward(*flat, _tiled(weight, n), None, None, *saved, True, eps, wanted)
         sums = (t.view(n, c).sum(0) if want else None for t, want in zip(affine, wanted[1:], strict=True))
         return NormActBackward(dx.view(n, c, h, w), *sums)
+    dy = dy.contiguous(memory_format=channels_last)  # a slice of channels, say
     dx, totals = torch.empty_like(x, memory_format=channels_last), [None, None]
     for i in range(n):
         part, saved = slice(i, i + 1), (mean[i], rstd[i])
@@ -182,19 +197,23 @@ def _backward_by_group(
 
 
 class _ImageByImage(torch.autograd.Function):
-    """Instance norm of channels-last images."""
+    """Instance norm and activation of channels-last images."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, config):
         y, mean, rstd = _by_group(x, weight, bias, None, None, config)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.eps = config.eps
+        activate(y, config.slope)
+        ctx.save_for_backward(x, weight, mean, rstd, None if config.slope == 1.0 else y)
+        ctx.config = config
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        gradients = _backward_by_group(dy, *ctx.saved_tensors, ctx.eps, any(ctx.needs_input_grad[1:3]))
-        return *gradients, None
+        *saved, y = ctx.saved_tensors
+        dy = _to_channels_last(dy)
+        if y is not None:  # it has the sign of what was activated
+            dy = torch.ops.aten.leaky_relu_backward(dy, y, ctx.config.slope, True)
+        return *_backward_by_group(dy, *saved, ctx.config.eps, any(ctx.needs_input_grad[1:3])), None
 
 
 # --------------------------------------------------------------------------------- of our own networks

@@ -6,6 +6,9 @@ to move the moments and the master of that tile, so the program that forms a til
 
 The gradient goes into Adam as it was summed, in float32; a gradient that is stored in between is rounded to
 the weight's type.
+
+On a CPU the same happens a few rows at a time, which stay in the cache, for images of so few pixels that
+their products take no longer in float32.
 """
 
 from dataclasses import dataclass
@@ -13,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastpix2pix.kernels import adam, deep_conv, reference
+from fastpix2pix.kernels import adam, deep_conv
 from fastpix2pix.kernels.adam import AdamClock, AdamForm, AdamTensors
+from fastpix2pix.kernels.cpu_conv import FEW_PIXELS, TRANSPOSED_STRIDE, Tiling
 from fastpix2pix.kernels.deep_update_kernels import deep_update
 from fastpix2pix.kernels.images import as_pixels, image_pointer
 from fastpix2pix.kernels.language import INTERPRETING
@@ -49,36 +53,58 @@ def choose_update_tile(pixels: int, itemsize: int) -> Tile:
 
 
 def serves(small: Tensor, big: Tensor, weight: Tensor) -> bool:
-    """Whether ``update`` is one kernel for these images and this layer's weight (Cs, Cb, 4, 4).
+    """Whether ``update`` is one pass for these images and this layer's weight (Cs, Cb, 4, 4).
 
-    The weight has to lie channels-last with a multiple of 16 columns, in bf16 or fp32. In fp16 no weight may
-    move before all gradients are known to be finite, and by then the images are gone. On GPUs before sm_80
-    Triton 3.9 makes no use of tensor cores, and spills registers. With ``--deep_conv library`` there is none.
+    The weight has to lie channels-last. For the kernel it has a multiple of 16 columns, in bf16 or fp32. In
+    fp16 no weight may move before all gradients are known to be finite, and by then the images are gone. On
+    GPUs before sm_80 Triton 3.9 makes no use of tensor cores, and spills registers. With ``--deep_conv
+    library`` there is none. On a CPU the weight is in bf16: a gradient in fp32 is stored faster.
     """
     cs, cb, *kernel = weight.shape
+    if (
+        kernel != [4, 4]
+        or not weight.is_contiguous(memory_format=torch.channels_last)
+        or not small.dtype == big.dtype == weight.dtype
+        or (small.shape[1], big.shape[1]) != (cs, cb)
+    ):
+        return False
+    if not use_triton(weight):
+        on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        return on_cpu and small.numel() // cs <= FEW_PIXELS
     return (
         deep_conv.offered
-        and use_triton(weight)
         and (not weight.is_cuda or torch.cuda.get_device_capability(weight.device) >= (8, 0))
-        and kernel == [4, 4]
-        and weight.is_contiguous(memory_format=torch.channels_last)
         and cb % 16 == 0
         and weight.dtype in (torch.bfloat16, torch.float32)
-        and small.dtype == big.dtype == weight.dtype
-        and (small.shape[1], big.shape[1]) == (cs, cb)
     )
+
+
+def _update_by_rows(
+    small: Tensor, big: Tensor, weight: AdamTensors, clock: AdamClock, form: AdamForm
+) -> None:
+    """``update`` without a kernel, of as many rows at a time as make a chunk of ``adam.CPU_CHUNK``."""
+    tiling, grid, dtype = Tiling(TRANSPOSED_STRIDE, 1), tuple(small.shape[2:]), weight.exp_avg.dtype
+    rows = tiling.small_matrices(small.to(dtype), grid)[:, 0].t().contiguous()
+    pixels = tiling.big_matrices(big.to(dtype), grid)[:, 0]
+    columns = pixels.shape[1]
+    count = max(adam.CPU_CHUNK // columns, 1)
+    memory = pixels.new_empty(count, columns)
+    for begin in range(0, len(rows), count):
+        some = rows[begin : begin + count]
+        chunk = slice(begin * columns, (begin + len(some)) * columns)
+        gradient = torch.mm(some, pixels, out=memory[: len(some)])
+        part = AdamTensors(*(None if tensor is None else tensor[chunk] for tensor in weight))
+        adam.update([part], [gradient.view(-1)], clock, form)
 
 
 def update(small: Tensor, big: Tensor, weight: AdamTensors, clock: AdamClock, form: AdamForm) -> None:
     """``adam.update`` of a deep layer's weight by its gradient, which is that of ``deep_conv``, in place.
 
-    small: (N, Cs, h, w); big: (N, Cb, 2 h, 2 w); one of them is a gradient. weight: in channels-last order,
-    Cb being a multiple of 16.
+    small: (N, Cs, h, w); big: (N, Cb, 2 h, 2 w); one of them is a gradient. weight: in channels-last order;
+    for the kernel Cb is a multiple of 16.
     """
     if not use_triton(small):
-        dtype = weight.exp_avg.dtype
-        gradient = reference.deep_conv_weight(small.to(dtype), big.to(dtype))
-        adam.update([weight], [gradient.permute(0, 2, 3, 1).flatten()], clock, form)
+        _update_by_rows(small, big, weight, clock, form)
         return
     small, big = as_pixels(small), as_pixels(big)
     n, rows, height, width = small.shape

@@ -259,9 +259,9 @@ def norm_act_backward(
             dy_partials=dy_partials,
             dskip_partials=dskip_partials,
         )
-    for partials in (dy_partials, dskip_partials):
-        if partials is not None:
-            check_partials(partials, x)
+    for given in (dy_partials, dskip_partials):
+        if given is not None:
+            check_partials(given, x)
     x = as_pixels(x)
     dy, dskip = (None if gradient is None else as_pixels(gradient) for gradient in (dy, dskip))
     dx = output_like(x)

@@ -314,6 +314,10 @@ def _gan_target_loss_fake(logits, real, mode, scale):
     return logits.new_empty((), dtype=compute_dtype(logits.dtype)), logits.new_empty(logits.shape)
 
 
+def _patchgan_loss_run(logits: Tensor, real: bool, mode: str) -> Tensor:
+    return gan_loss.gan_target_loss(logits, real, mode=mode)[0]
+
+
 GAN_LOSS = _register(
     "gan_loss(Tensor logits, str mode, bool real_first, float disc_factor, Tensor? scale) "
     "-> (Tensor losses, Tensor disc_grad, Tensor gen_grad)",
@@ -327,7 +331,7 @@ GAN_TARGET_LOSS = _register(
 )
 PATCHGAN_LOSS = _register(
     "patchgan_loss(Tensor logits, bool real, str mode) -> Tensor",
-    lambda logits, real, mode: gan_loss.gan_target_loss(logits, real, mode=mode)[0],
+    _patchgan_loss_run,
     lambda logits, real, mode: _gan_target_loss_fake(logits, real, mode, None)[0],
 )
 
@@ -358,10 +362,6 @@ LIBRARY.impl(
     lambda logits, real, mode: _PatchGANLoss.apply(PATCHGAN_LOSS, GAN_TARGET_LOSS, logits, real, mode),
     "Autograd",
 )
-
-
-def _patchgan_loss_run(logits: Tensor, real: bool, mode: str) -> Tensor:
-    return gan_loss.gan_target_loss(logits, real, mode=mode)[0]
 
 
 def apply_patchgan_loss(logits: Tensor, real: bool, mode: str) -> Tensor:

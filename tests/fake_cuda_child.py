@@ -152,8 +152,12 @@ recorder = Recorder()
 # ---------------------------------------------------------------------------------- torch.cuda, by name only
 
 
+def exchange_device(index: int) -> int:
+    return hooks.fake_cuda_exchange_device(index)
+
+
 def current_device() -> int:
-    return hooks.fake_cuda_exchange_device(LOOK)
+    return exchange_device(LOOK)
 
 
 def stream_of(index: int) -> int:
@@ -309,9 +313,10 @@ FAKES = {
     "set_stream": set_stream,
     "stream": stream,
     "synchronize": lambda device=None: recorder.call(f"synchronize cuda:{index_of(device)}", waits=True),
-    "_exchange_device": hooks.fake_cuda_exchange_device,
+    # Two functions of Python's, as torch.compile looks functions up in a table; those of ctypes have no hash.
+    "_exchange_device": exchange_device,
     "_lazy_init": lambda: None,
-    "_maybe_exchange_device": hooks.fake_cuda_exchange_device,
+    "_maybe_exchange_device": lambda index: exchange_device(index),
 }
 
 

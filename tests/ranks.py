@@ -33,7 +33,6 @@ class Ranks:
         function: Callable[..., Any],
         *args: Any,
         folder: Path,
-        restarts: int = 0,
         store: dist.TCPStore | None = None,
     ):
         self.store = store or dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
@@ -58,7 +57,7 @@ class Ranks:
                     "MASTER_PORT": str(self.store.port),
                     "TORCHELASTIC_RUN_ID": "test",
                     "TORCHELASTIC_USE_AGENT_STORE": "True",
-                    "TORCHELASTIC_RESTART_COUNT": str(restarts),
+                    "TORCHELASTIC_RESTART_COUNT": "0",
                 }
                 self._run(rank, function, args)
             self.processes.append(child)

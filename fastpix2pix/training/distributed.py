@@ -28,6 +28,7 @@ Wait = Callable[[], None]
 JOINING = 300.0  # seconds in which all ranks have to meet
 FOREVER = timedelta(days=1)  # what ends a wait for a rank that is gone is the watch, not a timeout
 BEAT = 1.0  # seconds between two signs of life
+CALLS = 0.05  # seconds between two calls of the rank that waits for the others
 SILENCE = 15.0  # seconds without one after which a rank counts as gone
 
 # PyTorch 2.13 renames both, and warns of the old names.
@@ -135,12 +136,16 @@ class Ranks:
     """Who takes part in a training: this process alone. :class:`_TorchrunRanks` are several.
 
     rank, size: this process's number, from 0, and how many there are; local_rank, local_size: the same on
-    this machine. exchange: of tensors, where there are several and ``open_exchange`` was called.
+    this machine. exchange: of tensors, where there are several and ``open_exchange`` was called. restarted:
+    whether torchrun has started this training again (``--max_restarts``).
     """
 
     rank = local_rank = 0
     size = local_size = 1
     exchange: Exchange | None = None
+
+    def __init__(self) -> None:
+        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
     @property
     def first(self) -> bool:
@@ -182,11 +187,6 @@ class Ranks:
 ALONE = Ranks()
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this training again (``--max_restarts``)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """The ranks that torchrun has started, or this process alone.
@@ -220,6 +220,7 @@ class _RanksOfGroup(Ranks):
     """Those of a group that another program has made, with one device each."""
 
     def __init__(self, device: torch.device):
+        super().__init__()
         exchange = Exchange()
         self.rank, self.size, self.exchange = exchange.rank, exchange.size, exchange
         self._code = torch.zeros(1, dtype=torch.int32, device=device)
@@ -252,6 +253,7 @@ class _TorchrunRanks(Ranks):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.parted = False
         self._code = torch.zeros(1, dtype=torch.int32)
         self._closing = threading.Event()
@@ -262,37 +264,57 @@ class _TorchrunRanks(Ranks):
         late = threading.Timer(JOINING, self._end, ["the processes of this training do not find each other"])
         late.daemon = True
         late.start()
-        with _collective():
-            name = self._meet()
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.local_size = int(os.environ["LOCAL_WORLD_SIZE"])
-        # A connection of its own: the group's waits for keys while it makes new groups.
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        connection = dist.TCPStore(address, port, is_master=False)
-        self._store = dist.PrefixStore(f"life of {name}", connection)
-        self._store.add(self._beat_of(self.rank), 1)
+        # torchrun's store is there before any process: where it does not answer, torchrun has ended.
+        its_own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        reaching = timedelta(seconds=SILENCE if its_own else JOINING)
+        with _collective():
+            store, self.rank, self.size = next(iter(dist.rendezvous("env://", timeout=reaching)))
+            store.set_timeout(FOREVER)
+            # A connection of its own: the group's waits for keys while it makes new groups.
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            number = self._meet(dist.TCPStore(address, port, is_master=False, timeout=reaching))
+            self.restarted = self.restarted or number > 1
+            dist.init_process_group(
+                "gloo",
+                store=dist.PrefixStore(f"fastpix2pix, start {number}", store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=FOREVER,
+            )
         self._barrier()
         late.cancel()
+
+    def _meet(self, store: dist.Store) -> int:
+        """Wait until all have come to the same start of this training, and return its number, from 1.
+
+        torchrun's store outlives a restart, with what processes that are gone have written, and each machine
+        counts its restarts apart. So rank 0 counts, and calls out the number for as long as others are
+        missing; all ranks of earlier starts are gone by then, and nobody else calls.
+        """
+        called = "fastpix2pix, called out"
+        if self.first:
+            number = store.add("fastpix2pix, starts", 1)
+        else:
+
+            def last_call() -> bytes:
+                return store.get(called) if store.check([called]) else b""
+
+            before = last_call()
+            while (call := last_call()) == before:
+                time.sleep(CALLS)
+            number = int(call.split()[0])
+        self._store = dist.PrefixStore(f"fastpix2pix, life of start {number}", store)
         self._watcher = threading.Thread(target=self._watch, name="signs of life", daemon=True)
         self._watcher.start()
-
-    def _meet(self) -> str:
-        """Make the default group, and return a name that no other start of this training has.
-
-        torchrun's store outlives a restart, with the addresses of processes that are gone.
-        """
-        store, self.rank, self.size = next(iter(dist.rendezvous("env://", timeout=FOREVER)))
-        restart = f"fastpix2pix, restart {os.environ['TORCHELASTIC_RESTART_COUNT']}"
-        arrived = store.add(restart, 1)  # more than once where torchrun starts all again for another reason
-        name = f"{restart}, start {(arrived - 1) // self.size}"
-        dist.init_process_group(
-            "gloo",
-            store=dist.PrefixStore(name, store),
-            rank=self.rank,
-            world_size=self.size,
-            timeout=FOREVER,
-        )
-        return name
+        self._store.add("arrived", 1)
+        calls = 0
+        while self.first and self._store.add("arrived", 0) < self.size:
+            calls += 1
+            store.set(called, f"{number} {calls}")
+            time.sleep(CALLS)
+        return number
 
     def open_exchange(self, device: torch.device) -> None:
         if device.type == "cpu":
@@ -404,22 +426,26 @@ class _TorchrunRanks(Ranks):
 
     def _watch(self) -> None:
         """Ends the process when another rank has been silent for too long, or the store can't be reached."""
-        others = [rank for rank in range(self.size) if rank != self.rank]
+        missing = {rank for rank in range(self.size) if rank != self.rank}
         seen: dict[int, tuple[bytes, float]] = {}
-        while not self._closing.wait(BEAT):
+        while True:
             try:
                 self._store.add(self._beat_of(self.rank), 1)
-                beats = self._store.multi_get([self._beat_of(rank) for rank in others])
+                missing -= {rank for rank in missing if self._store.check([self._beat_of(rank)])}
+                known = [rank for rank in range(self.size) if rank != self.rank and rank not in missing]
+                beats = self._store.multi_get([self._beat_of(rank) for rank in known]) if known else []
             except RuntimeError as error:
                 self._end(f"torchrun's store can't be reached ({str(error).splitlines()[0]})")
                 return
             now = time.monotonic()
-            for rank, beat in zip(others, beats, strict=True):
+            for rank, beat in zip(known, beats, strict=True):
                 if rank not in seen or seen[rank][0] != beat:
                     seen[rank] = beat, now
                 elif now - seen[rank][1] > SILENCE:
                     self._end(f"rank {rank} has given no sign of life for {SILENCE:.0f} s")
                     return
+            if self._closing.wait(BEAT):
+                return
 
     def _end(self, reason: str) -> None:
         if self._closing.is_set():

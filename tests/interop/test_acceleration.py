@@ -1,4 +1,4 @@
-"""``accelerate`` on three architectures of other people: nothing changes but who does the work."""
+"""``accelerate`` on architectures of other people: nothing changes but who does the work."""
 
 import copy
 import importlib.util
@@ -10,8 +10,10 @@ import torch
 from published_networks import PUBLISHED
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from fastpix2pix import rewriting
 from fastpix2pix.acceleration import BatchNorm2dAct, InstanceNorm2dAct, accelerate
 from fastpix2pix.errors import UserError
 from fastpix2pix.kernels import launch
@@ -90,7 +92,7 @@ def residual_generator(dropout):
         nn.ReLU(True),
         nn.Conv2d(8, 16, 3, 2, 1),
         nn.InstanceNorm2d(16),
-        nn.LeakyReLU(0.2, True),
+        nn.LeakyReLU(0.1, True),
         ResidualBlock(16, dropout),
         nn.ConvTranspose2d(16, 8, 3, 2, 1, output_padding=1),
         nn.InstanceNorm2d(8),
@@ -323,6 +325,15 @@ def test_functions_and_sums_after_a_norm_are_fused_where_fx_can_trace():
         assert_equal(run(each, x), run(network, x))
 
 
+def test_a_sum_of_other_shapes_or_types_is_what_pytorch_makes_of_it():
+    y, wide = torch.randn(2, 4, 1, 1), torch.randn(2, 4, 3, 5)
+    for residual in (wide, y.double(), y):
+        for norm in (y, y.view(8, 1, 1).view(2, 4, 1, 1)):
+            expected = F.leaky_relu(norm + residual, 0.2)
+            joined = rewriting.join(norm.clone(), residual, 0.2)
+            assert torch.equal(joined, expected) and joined.dtype == expected.dtype
+
+
 class Moody(nn.Module):
     def __init__(self, mood):
         super().__init__()
@@ -357,7 +368,8 @@ def test_what_fx_cannot_trace_keeps_its_forward(mood, reason):
 @pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
 @pytest.mark.parametrize("n", (1, 3))
 def test_running_statistics_of_instances(n, memory_format):
-    network = nn.Sequential(nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.ReLU()).double()
+    norm = nn.InstanceNorm2d(4, momentum=0.3, affine=True, track_running_stats=True)
+    network = nn.Sequential(norm, nn.ReLU()).double()
     fused = copy.deepcopy(network)
     accelerate(fused)
     x = torch.randn(n, 4, 5, 6, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
@@ -399,6 +411,54 @@ def test_layouts():
         assert y.is_contiguous(memory_format=torch.channels_last) is converted
     with pytest.raises(UserError, match="layout is 'nhwc'; choose auto, channels_last or keep"):
         accelerate(network, layout="nhwc")
+
+
+class Layouts(TorchDispatchMode):
+    """Strides of the images that every backward operator takes, while inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.taken = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (
+            torch.ops.aten.leaky_relu_backward.default,
+            torch.ops.aten.native_batch_norm_backward.default,
+        ):
+            self.taken.append((func.__name__, *(t.stride() for t in args[:2])))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("n", (1, 2))
+@pytest.mark.parametrize("layer", ("batch", "instance", "bias", "sum"))
+def test_a_contiguous_gradient_is_brought_to_the_layout_of_channels_last_images_once(layer, n):
+    """As a loss that takes a mean gives it; PyTorch's kernels are many times slower where layouts differ."""
+    after = {
+        "batch": [nn.BatchNorm2d(4), nn.LeakyReLU(0.2)],
+        "instance": [nn.InstanceNorm2d(4), nn.LeakyReLU(0.2)],
+        "bias": [nn.LeakyReLU(0.2)],
+        "sum": [nn.InstanceNorm2d(4)],
+    }[layer]
+    network = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), *after)
+    network = Residual(network) if layer == "sum" else network
+    accelerate(network, layout="channels_last")
+    x = torch.randn(n, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    y = network(x)
+    gradient = torch.randn(y.shape)
+    assert y.is_contiguous(memory_format=torch.channels_last) and gradient.is_contiguous()
+    with Layouts() as layouts:
+        y.backward(gradient)
+    assert len(layouts.taken) == {"batch": 2, "instance": 1 + n, "bias": 1, "sum": n + 1}[layer]
+    assert all(dy == of for _, dy, of in layouts.taken)
+
+
+class Residual(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return F.leaky_relu(x + self.block(x), 0.2)
 
 
 @pytest.mark.parametrize("kernels", [False, True])
@@ -471,10 +531,13 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("layout", ["keep", "channels_last"])
+@pytest.mark.parametrize(("layout", "n"), [("keep", 2), ("channels_last", 2), ("channels_last", 1)])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_networks_compute_what_they_did(name, layout):
-    """Outputs (logits and features too) and gradients of eight networks of three repositories."""
+def test_published_networks_compute_what_they_did(name, layout, n):
+    """Outputs (logits and features too) and gradients of eight networks of three repositories.
+
+    In the layout that they are found in bit for bit; in channels-last what they compute in contiguous memory.
+    """
     torch.manual_seed(0)
     norms, options = NORMS[name], {}
     if name == "PyTorch-GAN generator":  # eight levels want 256 pixels a side
@@ -490,7 +553,7 @@ def test_published_networks_compute_what_they_did(name, layout):
     assert not [line for line in report.changed if "alone" in line]
     assert list(fused.state_dict()) == list(network.state_dict())
     images = [
-        torch.randn(2, channels, 64, 64, dtype=torch.float64, requires_grad=True)
+        torch.randn(n, channels, 64, 64, dtype=torch.float64, requires_grad=True)
         for channels in PUBLISHED[name].inputs
     ]
 
@@ -502,6 +565,8 @@ def test_published_networks_compute_what_they_did(name, layout):
         return made, torch.autograd.grad(total, [*images, *net.parameters()])
 
     (made, gradients), (expected, expected_gradients) = results(fused), results(network)
+    if layout == "keep":
+        assert all(map(torch.equal, [*made, *gradients], [*expected, *expected_gradients]))
     for result, other in zip(made, expected, strict=True):
         torch.testing.assert_close(result, other, rtol=0, atol=1e-12 * other.abs().max().item())
     largest = max(gradient.abs().max().item() for gradient in expected_gradients)
@@ -571,10 +636,12 @@ def penalty(network, x):
     return torch.autograd.grad(gradient.square().sum(), [x, *network.parameters()])
 
 
-def test_differentiating_twice_works_on_a_cpu_and_is_refused_by_kernels(triton_device):
-    network = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(0.2)).double()
+@pytest.mark.parametrize("norm", (nn.BatchNorm2d, nn.InstanceNorm2d))
+@pytest.mark.parametrize("layout", ("keep", "channels_last"))
+def test_differentiating_twice_works_on_a_cpu_and_is_refused_by_kernels(triton_device, norm, layout):
+    network = nn.Sequential(nn.Conv2d(4, 4, 3), norm(4, affine=True), nn.LeakyReLU(0.2)).double()
     fused = copy.deepcopy(network)
-    accelerate(fused)
+    accelerate(fused, layout=layout)
     x = torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "kernels_on_cpu", False)

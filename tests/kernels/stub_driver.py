@@ -322,19 +322,7 @@ def _again(launches: Iterable) -> Callable[[], object]:
 
 def each_kernel_once(precision: str) -> Callable[[], object]:
     """The first launch of every kernel."""
-    import torch
-
-    from fastpix2pix.kernels import deep_conv
-
-    of_steps = _again({this.name: this for this in reversed(_launches(precision))}.values())
-    image = torch.empty(1, 512, 2, 2, dtype=torch.float16, device="cpu")
-    sums = deep_conv.Sums(image.contiguous(memory_format=torch.channels_last), torch.empty(32, 4, 512))
-
-    def launch_them() -> None:
-        of_steps()
-        deep_conv.add_up(sums)  # before the first step only, where a product alone is timed
-
-    return launch_them
+    return _again({this.name: this for this in reversed(_launches(precision))}.values())
 
 
 def one_kernel(name: str, precision: str) -> Callable[[], object]:

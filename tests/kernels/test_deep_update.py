@@ -139,6 +139,35 @@ def test_the_kernel_reads_the_gradient_as_it_was_summed(device):
     torch.testing.assert_close(m.double(), layer.exact_gradient() / 2, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("n, rows, columns, side", [(1, 40, 48, 1), (2, 12, 5, 2), (1, 33, 16, 4)])
+def test_on_a_cpu_a_few_rows_at_a_time(n, rows, columns, side, monkeypatch):
+    """Of whole masters, in chunks that do not divide the rows: the update by float64's gradient."""
+    monkeypatch.setattr(deep_update, "use_triton", lambda tensor: False)
+    monkeypatch.setattr(adam, "use_triton", lambda tensor: False)
+    monkeypatch.setattr(adam, "CPU_CHUNK", 7 * 16 * columns)
+    layer = Layer(n, rows, columns, side, side, torch.bfloat16, "cpu")
+    m, v, _, working, remainder = layer.weight
+    layer.weight = AdamTensors(m, v, reference.join_master(working, remainder), working)
+    for form in (KERAS, TORCH):
+        layer.step(form)
+    layer.check()
+    assert torch.equal(working, layer.weight.master.bfloat16())
+
+
+def test_on_a_cpu_thin_products_alone(monkeypatch):
+    """With more pixels a product in bf16 is faster, and with weights in fp32 a gradient that is stored."""
+    monkeypatch.setattr(deep_update, "use_triton", lambda tensor: False)
+
+    def served(side, dtype):
+        shapes = (1, 24, side, side), (1, 10, 2 * side, 2 * side), (24, 10, 4, 4)
+        images = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+        return deep_update.serves(*(t.contiguous(memory_format=torch.channels_last) for t in images))
+
+    assert served(4, torch.bfloat16)
+    assert not served(5, torch.bfloat16)
+    assert not served(4, torch.float32)
+
+
 @pytest.mark.parametrize(
     "change",
     [

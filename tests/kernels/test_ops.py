@@ -3,12 +3,15 @@
 import copy
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from fake_cuda import Machine, missing
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastpix2pix import PatchGANLoss, accelerate
 from fastpix2pix.kernels import language, ops, reference
@@ -21,16 +24,20 @@ RUNNING = NormActConfig(slope=0.2)
 CONFIGURATIONS = {
     "batch norm": RUNNING,
     "instance norm": NormActConfig(groups=2, slope=0.0),
+    "no parameters": NormActConfig(groups=2, slope=0.3),
     "running statistics": RUNNING._replace(training=False),
     "bias": NormActConfig(norm=False, slope=0.1),
     "dropout": NormActConfig(slope=0.0, dropout=0.25),
 }
 
 
-def norm_act_arguments(config, dtype=torch.float32, memory_format=torch.channels_last):
+def norm_act_arguments(name, dtype=torch.float32, memory_format=torch.channels_last):
     torch.manual_seed(0)
-    x = torch.randn(2, 3, 4, 5, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+    config = CONFIGURATIONS[name]
+    x = torch.randn(2, 3, 4, 5, dtype=dtype).add_(1).contiguous(memory_format=memory_format).requires_grad_()
     weight, bias = (torch.randn(3, requires_grad=True) for _ in range(2))
+    if name == "no parameters":
+        weight = bias = None
     running = (torch.zeros(3), torch.ones(3)) if config.norm and config.groups == 1 else (None, None)
     rng = torch.tensor([3, 4]) if config.dropout else None
     return (x, weight, bias, *running, rng, *ops._constants(config))
@@ -40,40 +47,57 @@ def norm_act_arguments(config, dtype=torch.float32, memory_format=torch.channels
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_norm_act_is_a_proper_op(name, dtype):
     """Its schema says what it writes, its fake results are like the real ones, and autograd is registered."""
-    opcheck(ops.NORM_ACT, norm_act_arguments(CONFIGURATIONS[name], dtype))
+    opcheck(ops.NORM_ACT, norm_act_arguments(name, dtype))
 
 
-def test_the_other_ops_are_proper_ops():
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_results_of_the_kernels_are_like_the_fake_ones(name, memory_format, triton_device):
+    """What ``opcheck`` says of the CPU's implementation, of the Triton kernels'."""
+    arguments = norm_act_arguments(name, memory_format=memory_format)
+    moved = [t.detach().to(triton_device) if isinstance(t, torch.Tensor) else t for t in arguments]
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    opcheck(ops.NORM_ACT, moved, **checks)
+    _, mean, rstd = ops.NORM_ACT(*moved)
+    x, weight, bias, _, _, rng, *constants = moved
+    opcheck(ops.NORM_ACT_BACKWARD, (x, x, weight, bias, mean, rstd, rng, True, *constants), **checks)
+
+
+def test_every_other_op_is_a_proper_op():
     x, target = torch.randn(2, 1, 3, 4, 5).unbind()
     bias, logits = torch.randn(3, requires_grad=True), torch.randn(2, 1, 3, 3)
     x = x.contiguous(memory_format=torch.channels_last)
-    opcheck(ops.TANH_L1, (x.clone().requires_grad_(), bias, target))
-    opcheck(ops.TANH_L1, (x, None, target))
-    opcheck(ops.TANH_L1_BACKWARD, (x, torch.tensor(2.0), x, target, bias.detach()))
-    opcheck(ops.GAN_LOSS, (logits, "vanilla", True, 0.5, torch.tensor(2.0)))
-    opcheck(ops.GAN_TARGET_LOSS, (logits, False, "lsgan", None))
-    opcheck(ops.PATCHGAN_LOSS, (logits.clone().requires_grad_(), True, "vanilla"))
-    config = CONFIGURATIONS["batch norm"]
-    forward = norm_act_arguments(config)
-    detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in forward]
+    detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in norm_act_arguments("batch norm")]
     _, mean, rstd = ops.NORM_ACT(*detached)
-    x, weight, bias, *_ = detached
-    arguments = (torch.ones_like(x), x, weight, bias, mean, rstd, None, True, *ops._constants(config))
-    opcheck(ops.NORM_ACT_BACKWARD, arguments)
+    image, weight, offset, _, _, rng, *constants = detached
+    backward = (torch.ones_like(image), image, weight, offset, mean, rstd, rng, True, *constants)
+    checks = [
+        (ops.NORM_ACT_BACKWARD, backward),
+        (ops.TANH_L1, (x.clone().requires_grad_(), bias, target)),
+        (ops.TANH_L1, (x, None, target)),
+        (ops.TANH_L1_BACKWARD, (x, torch.tensor(2.0), x, target, bias.detach())),
+        (ops.GAN_LOSS, (logits, "vanilla", True, 0.5, torch.tensor(2.0))),
+        (ops.GAN_TARGET_LOSS, (logits, False, "lsgan", None)),
+        (ops.PATCHGAN_LOSS, (logits.clone().requires_grad_(), True, "vanilla")),
+    ]
+    for op, arguments in checks:
+        opcheck(op, arguments)
+    assert {op.name() for op, _ in checks} | {ops.NORM_ACT.name()} == ops.LIBRARY._op_defs
 
 
 @pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_the_registered_op_computes_what_the_reference_does(name, memory_format):
     config = CONFIGURATIONS[name]
-    arguments = norm_act_arguments(config, memory_format=memory_format)
+    arguments = norm_act_arguments(name, memory_format=memory_format)
     x, weight, bias, mean, var, rng = arguments[:6]
     twins = [None if t is None else t.clone() for t in (mean, var)]
+    versions = [t._version for t in (mean, var) if t is not None]
     with torch.no_grad():
         expected = reference.norm_act_forward(x, weight, bias, *twins, rng, config)
     y, _, _ = ops.NORM_ACT(*arguments)
     dy = torch.randn(x.shape)
-    inputs = [t for t in (x, weight, bias) if config.norm or t is not weight]
+    inputs = [t for t in (x, weight, bias) if t is not None and (config.norm or t is not weight)]
     gradients = torch.autograd.grad(y, inputs, dy)
     with torch.no_grad():
         made = reference.norm_act_backward(
@@ -86,6 +110,25 @@ def test_the_registered_op_computes_what_the_reference_does(name, memory_format)
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5, check_stride=False)
     for mine, theirs in zip((mean, var), twins, strict=True):
         assert mine is None or torch.allclose(mine, theirs)
+    written = [t._version for t in (mean, var) if t is not None]  # which autograd looks at
+    assert written == [version + config.training for version in versions]
+
+
+def test_the_registered_tanh_l1_computes_what_plain_pytorch_does():
+    torch.manual_seed(0)
+    x, target, dfake = torch.randn(3, 2, 3, 4, 5, dtype=torch.float64).unbind()
+    bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    x.requires_grad_()
+    fake, l1 = ops.TANH_L1(x, bias, target)
+    exact = torch.tanh(x + bias[:, None, None])
+    exact_l1 = (exact - target).abs().mean()
+    torch.testing.assert_close((fake, l1), (exact, exact_l1), check_stride=False)
+    for weight in (0.0, 3.0):  # of the loss beside the image's own gradient
+        gradients = (
+            torch.autograd.grad((y * dfake).sum() + weight * loss, (x, bias), retain_graph=True)
+            for y, loss in ((fake, l1), (exact, exact_l1))
+        )
+        torch.testing.assert_close(*gradients, check_stride=False)
 
 
 # ------------------------------------------------------------------------------------- compile and export
@@ -185,7 +228,9 @@ def test_a_second_derivative_is_refused(op):
 
 
 def on_a_fake_gpu(watch) -> list:
-    """Devices, layouts and kernels of an accelerated network there, eagerly and by the registered op."""
+    """Devices, layouts and kernels of an accelerated network there, eagerly and by the registered op; and of
+    networks from which torch.compile makes one graph, what differs from the eager ones.
+    """
     import torch
     from torch import nn
 
@@ -205,7 +250,29 @@ def on_a_fake_gpu(watch) -> list:
         made = ops.NORM_ACT(x, weight, weight, None, None, None, *ops._constants(config))[0]
         made.sum().backward()
     weights = network[0].weight.is_contiguous(memory_format=torch.channels_last)
-    return [said, weights, str(made.device), made.is_contiguous()]
+    differing = [name for name in list(networks())[:3] if compiled_looks_different(name)]
+    return [said, weights, str(made.device), made.is_contiguous(), differing]
+
+
+def compiled_looks_different(name) -> bool:
+    """Whether results and gradients have other shapes, strides, types or devices than the eager network's.
+
+    Without the machine's recorder, which no compiler takes, and the GPU's random state, which one would keep.
+    """
+    state = torch.get_rng_state()
+    random_state = mock.patch.multiple(torch.cuda, get_rng_state=lambda: state, set_rng_state=lambda _: None)
+    with _disable_current_modes(), FakeTensorMode(), random_state:
+        network, channels = networks()[name]
+        network = network.to("cuda:1")
+        accelerate(network)
+        x = torch.ones(2, channels, 16, 16, device="cuda:1", requires_grad=True)
+        torch._dynamo.reset()
+        compiled = torch.compile(network, fullgraph=True, backend="aot_eager", dynamic=False)
+        looks = [
+            [(t.shape, t.stride(), t.dtype, t.device) for t in gradients_of(each, x)]
+            for each in (network, compiled)
+        ]
+    return looks[0] != looks[1]
 
 
 @pytest.mark.skipif(not language.HAS_TRITON, reason="Triton is not installed")
@@ -213,7 +280,7 @@ def test_on_a_gpu_the_host_side_launches_kernels_there_and_never_waits(tmp_path)
     if reason := missing():
         pytest.skip(reason)
     report = Machine.build(tmp_path).run(on_a_fake_gpu)
-    assert report.result == ["weights brought to channels-last", True, "cuda:1", True]
+    assert report.result == ["weights brought to channels-last", True, "cuda:1", True, []]
     for label, kernels in (("eager", 3), ("registered", 0)):
         section = report.sections[label]
         assert not section.mixtures and not section.waits and not section.transfers

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -691,13 +692,25 @@ def test_a_rank_that_hangs_ends_the_others(tmp_path, monkeypatch):
 
 def test_torchrun_s_restart_goes_on(tmp_path):
     """Without --continue_train: from the checkpoint where there is one, and anew where there is none. The
-    store is the same, with the addresses of processes that are gone."""
+    store is the same, with what processes that are gone have written: one of them had come before the others.
+    Each machine counts apart, rank 0's no restart at all."""
     write_pairs(tmp_path / "pairs", 4)
     store = None
-    for steps in ("1", "3"):
-        argv = flags(tmp_path, "--steps", steps)
-        run = Ranks(2, lambda rank, argv=argv: train.main(argv), folder=tmp_path, restarts=1, store=store)
-        assert run.wait() == [0, 0], run.said()
+    for restart, steps in enumerate(("1", "none", "3")):
+
+        def work(rank, restart=restart, steps=steps):
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(rank * restart)
+            if steps == "none" and rank == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            train.main(flags(tmp_path, "--steps", steps))
+
+        run = Ranks(2, work, folder=tmp_path, store=store)
+        if steps == "none":
+            assert run.wait_for(0) == -signal.SIGKILL
+            time.sleep(0.5)
+            run.kill()
+        else:
+            assert run.wait() == [0, 0], run.said()
         store = run.store
     assert steps_saved(tmp_path / "run") == [1, 3]
 
@@ -760,6 +773,34 @@ def test_help_ends_all(tmp_path):
     ranks = Ranks(2, lambda rank: train.main(["--help"]), folder=tmp_path)
     assert ranks.wait() == [0, 0]
     assert "--dataroot" in ranks.said("out")[0] and ranks.said("out")[1] == ""
+
+
+def test_a_store_that_has_ended_is_not_waited_for(tmp_path, monkeypatch):
+    """As where torchrun's first machine is gone before this process begins."""
+    monkeypatch.setattr(distributed, "SILENCE", 1.0)
+
+    def work(rank):
+        os.environ["MASTER_PORT"] = "1"
+        train.main(flags(tmp_path))
+
+    ranks = Ranks(2, work, folder=tmp_path)
+    assert ranks.wait() == [1, 1]
+    assert all("a process of this training is gone" in said for said in ranks.said())
+
+
+def test_a_rank_that_dies_before_all_have_come_ends_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "SILENCE", 2.0)
+
+    def work(rank):
+        if rank == 2:  # is late
+            time.sleep(1000)
+        if rank == 1:
+            threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGKILL]).start()
+        train.main(flags(tmp_path))
+
+    ranks = Ranks(3, work, folder=tmp_path)
+    assert [ranks.wait_for(0), ranks.wait_for(1)] == [1, -signal.SIGKILL]
+    assert "rank 1 has given no sign of life for 2 s" in ranks.said()[0]
 
 
 def test_ranks_that_differ_are_refused(tmp_path):
@@ -885,13 +926,13 @@ def test_one_process_of_torchrun_is_a_training_without_it(tmp_path):
     assert_same_state(plain, other)
 
 
-def two_agents(folder: Path, *argv: str) -> list[subprocess.Popen]:
+def two_agents(folder: Path, *argv: str, restarts: int = 0) -> list[subprocess.Popen]:
     """As on two machines: --nnodes=2, one process each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=7"]
-    rendezvous += [f"--rdzv_endpoint=localhost:{port}"]
+    rendezvous += [f"--rdzv_endpoint=localhost:{port}", f"--max_restarts={restarts}"]
     command = ["-m", "fastpix2pix.train", *argv]
     return [torchrun(folder, *rendezvous, *command, name=f"agent{i}") for i in range(2)]
 
@@ -922,6 +963,20 @@ def test_a_killed_process_ends_both_agents(tmp_path):
         assert [agent.wait(30) for agent in agents] == [1, 1], said_by_agents(tmp_path)
         assert steps_saved_in(tmp_path)[-1] > newest
         newest = steps_saved_in(tmp_path)[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_two_agents_start_a_killed_training_again(tmp_path, victim):
+    """Also when only the agent of the killed process counts that as a restart."""
+    write_pairs(tmp_path / "pairs", 9)
+    argv = flags(tmp_path, "--steps", "100", "--save_latest_freq", "10", "--cache", "0")
+    agents = two_agents(tmp_path, *argv, restarts=3)
+    wait_for(lambda: len(steps_named(tmp_path)) > 1, tmp_path, agents[0])
+    (worker,) = workers(agents[victim])
+    os.kill(worker, signal.SIGKILL)
+    assert [agent.wait(300) for agent in agents] == [0, 0], said_by_agents(tmp_path)
+    assert sum(text.count("done: 100 steps") for text in said_by_agents(tmp_path)) == 1
 
 
 @pytest.mark.slow
