@@ -158,7 +158,7 @@ def test_a_killed_worker_is_one_line_whatever_it_was_doing(run, tmp_path, monkey
         monkeypatch.setattr(
             portable.Connection,
             "send_bytes",
-            lambda *a: (half if calls.append(0) or len(calls) > 1 else send)(*a),
+            lambda *a: (half if calls.append(0) or len(calls) > 2 else send)(*a),  # A and B of a chunk
         )
     else:
         at_step(monkeypatch, 4, lambda: [child.kill() for child in multiprocessing.active_children()[:1]])
