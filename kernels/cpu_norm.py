@@ -244,6 +244,8 @@ def epilogue_forward(
     skip_out: Tensor | None = None,
 ) -> NormActForward:
     """``reference.norm_act_forward`` for what is ``serves``d."""
+    if config.norm and weight is None:
+        bias = None  # of a convolution, which the mean takes with it
     y = torch.empty_like(x, memory_format=channels_last) if out is None else out
     skip = None
     if config.skip_slope is not None:
@@ -290,6 +292,8 @@ def epilogue_backward(
 ) -> NormActBackward:
     """``reference.norm_act_backward`` for what is ``serves``d, of at least one gradient."""
     gradients = [(g, s) for g, s in ((dy, config.slope), (dskip, config.skip_slope)) if g is not None]
+    if config.norm and weight is None:
+        bias = None
     if not config.norm and len(gradients) == 1:  # of an activation in 16 bits, rounded once too
         dx = torch.ops.aten.leaky_relu_backward(gradients[0][0], x, config.slope, False)
         return NormActBackward(dx.contiguous(memory_format=channels_last), None, None)

@@ -80,7 +80,7 @@ def parsed(monkeypatch, program: str, words: list[str]):
     module, found = {"train": train, "translate": translate}[program], []
     with monkeypatch.context() as patch:
         patch.setattr(cli, "_program", lambda command: f"python -m fastpix2pix.{program}")
-        patch.setattr(train, "defaults", lambda argv: None)
+        patch.setattr(train, "defaults", lambda ranks, argv: None)
         run = cli.run
         patch.setattr(
             cli, "run", lambda config, command, argv, **more: run(config, found.append, argv, **more)

@@ -159,8 +159,9 @@ def check_against_plain(preset, dtype, size, tolerance, tmp_path, steps=10):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_two_ranks_equal_distributed_data_parallel(preset, tmp_path):
-    """Weights equal in all ranks, bit for bit, and those of the mean gradient of statistics per slice."""
-    check_against_plain(preset, torch.float32, 2, 1e-5, tmp_path)
+    """Weights equal in all ranks, bit for bit, and those of the mean gradient of statistics per slice.
+    In float64, in which no processor's rounding takes a value to the other side of a ReLU."""
+    check_against_plain(preset, torch.float64, 2, 1e-9, tmp_path)
 
 
 @pytest.mark.slow
