@@ -89,14 +89,16 @@ def _identity(launch: Launch) -> tuple:
 
 def _description(launch: Launch) -> str:
     """The layer's images as height x width x channels, or the vectors' sizes, and what is special."""
-    first, vectors, options = launch.reads[0], launch.args[0], launch.options.get("CONSTANTS")
-    if first.ndim == 4:
-        n, c, h, w = first.shape
+    tensors = [t for t in (*launch.reads, *launch.writes) if t is not None]
+    image = next((t for t in tensors if t.ndim == 4), None)  # not always the first: partial sums have three
+    vectors, options = launch.args[0], launch.options.get("CONSTANTS")
+    if image is not None:
+        n, c, h, w = image.shape
         words = [f"{h}x{w}x{c}"] if n == 1 else [f"{n} of {h}x{w}x{c}"]
     elif type(vectors) is tuple and len(vectors) > 1 and isinstance(vectors[0], torch.Tensor):
         words = [f"{len(vectors)} tensors, {sum(t.numel() for t in vectors)} values"]
     else:
-        words = [f"{first.numel()} values"]
+        words = [f"{tensors[0].numel()} values"]
     if options is not None and options.skip_slope is not None:
         words.append("skip")
     if options is not None and options.threshold:

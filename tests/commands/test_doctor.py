@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastpix2pix import doctor
-from fastpix2pix.kernels import reference
+from fastpix2pix.kernels import cpu_norm, reference
 
 CPU = torch.device("cpu")
 
@@ -26,12 +26,13 @@ def test_doctor_prints_a_line_a_check_and_names_the_failures(monkeypatch, capsys
 
 def test_dropout_check_sees_a_mask_that_does_not_change(monkeypatch):
     assert "two masks" in doctor.dropout_advances(CPU)
-    frozen = reference.dropout_mask
-    monkeypatch.setattr(
-        reference,
-        "dropout_mask",
-        lambda x, p, rng, layer: frozen(x, p, torch.zeros_like(rng), layer),
-    )
+    draw = reference.dropout_mask
+
+    def frozen(x, p, rng, layer):
+        return draw(x, p, torch.zeros_like(rng), layer)
+
+    for module in (reference, cpu_norm):
+        monkeypatch.setattr(module, "dropout_mask", frozen)
     with pytest.raises(AssertionError, match="dropped the same values"):
         doctor.dropout_advances(CPU)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,13 +40,20 @@ def compile_all(file: Path, architectures, dtypes, layers=()) -> list[dict]:
     return rows
 
 
+DEEP = re.compile(r" (1|2|4|8|16)x\1x")
+"""Layers whose neighbours are our deep convolutions, which leave partial sums."""
+
+
 def check_norm_act(rows: list[dict]) -> None:
     rows = [row for row in rows if row["kernel"].startswith("norm_act")]
     assert len({row["kernel"] for row in rows}) == 6
     for row in rows:
         assert row["stack"] == 0, row
         assert row["load_bits"] == 128, row
-        assert row["store_bits"] == 128 or row["kernel"] in NO_IMAGE_WRITTEN, row
+        # A thread that reads a full vector of fp32 partial sums has half a vector of 16-bit results.
+        of_partials = row["kernel"] == "norm_act_backward_whole" and DEEP.search(row["label"])
+        full = 64 if of_partials and row["dtype"] != "fp32" else 128
+        assert row["store_bits"] >= full or row["kernel"] in NO_IMAGE_WRITTEN, row
         assert row["occupancy"] * report.MULTIPROCESSORS[row["arch"]].warps >= row["num_warps"], row
 
 

@@ -27,7 +27,7 @@ LAYERS = (
     "tanh_l1",
     "tutorial 4194304 values",  # a large weight
     "tutorial 33 tensors",  # all small ones of the generator, in fp32
-    "tutorial 28 tensors",  # those that stay in fp32 in a 16-bit generator
+    "tutorial 29 tensors",  # those that stay in fp32 in a 16-bit generator, its last bias among them
     "tutorial 3 values",  # its last bias
 )
 
@@ -47,7 +47,7 @@ def values(row: dict) -> int:
 def check(rows: list[dict]) -> None:
     assert {row["kernel"] for row in rows} == SLICES | SUMS | ADAM | {"tanh_l1_backward_map"}
     odd = [row for row in rows if row["kernel"] in ADAM and values(row) % 16]
-    assert {values(row) for row in odd} <= {1, 3}, "the last biases"
+    assert all(values(row) < 2**14 for row in odd), "the last biases, alone or with the norms' parameters"
     for row in rows:
         assert row["stack"] == 0, row
         if row["kernel"] not in SUMS and row not in odd:
