@@ -43,7 +43,7 @@ def circumstances(result: Result) -> str:
     environment = result["environment"]
     cpu, busy = environment["cpu"], ""
     if cpu["load"] is not None and cpu["load"] > cpu["cores"] / 2:
-        busy = f", beside other programs that kept the machine busy (load {cpu['load']})"
+        busy = f", after a minute in which the machine had other work (load {cpu['load']})"
     return f"commit {environment['commit']}, {environment['date']}{busy}"
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fastpix2pix.errors import UserError
+
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda120")
 
@@ -29,7 +31,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, Any]:
-    from cpuinfo import get_cpu_info  # comes with pytest-benchmark
+    try:
+        from cpuinfo import get_cpu_info  # comes with pytest-benchmark
+    except ModuleNotFoundError as error:
+        raise UserError('the benchmarks need their packages; pip install -e ".[bench]"') from error
 
     return {
         "name": get_cpu_info().get("brand_raw") or platform.machine(),

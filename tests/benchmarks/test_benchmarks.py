@@ -533,6 +533,12 @@ def test_pages_say_what_was_measured(page, words):
     assert render.replaced(text, words(results.committed())) == text, "run python -m benchmarks.render"
 
 
+def test_without_their_packages_the_benchmarks_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cpuinfo", None)
+    with pytest.raises(UserError, match=r'pip install -e "\.\[bench\]"'):
+        results.environment(torch.device("cpu"))
+
+
 def test_committed_results_describe_themselves_and_no_machine():
     committed = results.committed()
     assert {result["what"] for result in committed} == {

@@ -106,6 +106,7 @@ class Training:
         flags = self.setup.flags(self.data, self.runs, self.name)
         if checkpoint.latest(self.folder) is not None:
             flags.append("--continue_train")
+        self.printed.touch()  # for one that is killed before it opens it
         self.process = multiprocessing.get_context("fork").Process(target=_train, args=(flags, self.printed))
         self.process.start()
 
