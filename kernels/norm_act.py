@@ -241,7 +241,8 @@ def norm_act_backward(
     """``reference.norm_act_backward``, by kernels on a GPU."""
     if not use_triton(x):
         some = dy is not None or dskip is not None
-        if some and dy_partials is None and cpu_norm.serves(x, weight, bias, config):
+        whole = dy_partials is None and dskip_partials is None
+        if some and whole and cpu_norm.serves(x, weight, bias, config):
             return cpu_norm.epilogue_backward(
                 dy, dskip, x, weight, bias, mean, rstd, rng, config, needs_affine
             )

@@ -475,6 +475,18 @@ def test_the_reference_takes_partial_sums_too():
         assert torch.equal(mine, other)
 
 
+def test_a_gradient_beside_the_partial_sums_of_the_other_is_not_all_on_a_cpu():
+    case = make((2, 5, 4, 3), torch.float32, NormActConfig(slope=0.2, skip_slope=0.0))
+    sums, parameters = partial_sums(2, case.x), (case.weight, case.bias)
+    made = reference.norm_act_forward(case.x, *parameters, None, None, None, case.config)
+    saved = case.x, *parameters, made.mean, made.rstd, None, case.config
+    for pair, which in (((case.dskip, None), "dskip_partials"), ((None, case.dskip), "dy_partials")):
+        expected = reference.norm_act_backward(*pair, *saved, **{which: sums})
+        made = kernels.norm_act_backward(*pair, *saved, **{which: sums})
+        for mine, other in zip(made, expected, strict=True):
+            assert torch.equal(mine, other)
+
+
 def test_refuses_partial_sums_that_do_not_fit(triton_device):
     case = make((2, 5, 4, 3), torch.float32, NormActConfig()).to(triton_device)
     good = partial_sums(3, case.x).to(triton_device)
