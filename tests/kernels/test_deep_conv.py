@@ -292,19 +292,26 @@ def two_layers(device: str, *, passage: deep_conv.Passage | None, also_read: boo
     return [t.grad for t in inputs]
 
 
-@needs_interpreter
-def test_between_deep_layers_a_gradient_passes_as_partial_sums(triton_device, monkeypatch):
+def with_and_without_passage(monkeypatch, layers) -> list[int]:
+    """Launches of deep_conv_add with a passage and without; ``layers(passage)`` is the same both times."""
     monkeypatch.setattr(deep_conv, "choose_splits", lambda *_, **__: 3)
     monkeypatch.setattr(deep_conv, "chosen", Always())
     results, adds = [], []
     for passage in (deep_conv.Passage(), None):
         launches = []
         with launch.observed(launches.append):
-            results.append(two_layers(triton_device, passage=passage))
+            results.append(layers(passage))
         adds.append(sum(this.name == "deep_conv_add" for this in launches))
-    assert adds == [1, 2]
+        assert passage is None or passage._left is None
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item())
+    return adds
+
+
+@needs_interpreter
+def test_between_deep_layers_a_gradient_passes_as_partial_sums(triton_device, monkeypatch):
+    adds = with_and_without_passage(monkeypatch, lambda passage: two_layers(triton_device, passage=passage))
+    assert adds == [1, 2]
 
 
 def joined_layers(device: str, *, passage: deep_conv.Passage | None, skip_first: bool):
@@ -343,18 +350,10 @@ def joined_layers(device: str, *, passage: deep_conv.Passage | None, skip_first:
 @needs_interpreter
 @pytest.mark.parametrize("skip_first", [True, False])
 def test_a_gradient_passes_to_both_layers_whose_results_were_joined(triton_device, monkeypatch, skip_first):
-    monkeypatch.setattr(deep_conv, "choose_splits", lambda *_, **__: 3)
-    monkeypatch.setattr(deep_conv, "chosen", Always())
-    results, adds = [], []
-    for passage in (deep_conv.Passage(), None):
-        launches = []
-        with launch.observed(launches.append):
-            results.append(joined_layers(triton_device, passage=passage, skip_first=skip_first))
-        adds.append(sum(this.name == "deep_conv_add" for this in launches))
-        assert passage is None or passage._left is None
+    adds = with_and_without_passage(
+        monkeypatch, lambda passage: joined_layers(triton_device, passage=passage, skip_first=skip_first)
+    )
     assert adds == [2, 3]  # the inputs' own gradients are whole
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item())
 
 
 @needs_interpreter
