@@ -409,9 +409,12 @@ def rates_of_this_cpu(dtype: torch.dtype) -> Rates | None:
     if dtype in (torch.float32, torch.float64):
         wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
         return FLOAT32_AVX512 if wide else FLOAT32_AVX2
-    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and _cpu_has(dtype):
-        return BFLOAT16_AMX
-    return None
+    return BFLOAT16_AMX if dtype == torch.bfloat16 and multiplies_bf16_matrices() else None
+
+
+def multiplies_bf16_matrices() -> bool:
+    """Whether this CPU has matrix units for bf16 (AMX) and PyTorch's convolutions can use them."""
+    return torch.cpu._is_amx_tile_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @cache
