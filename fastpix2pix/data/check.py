@@ -11,7 +11,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from fastpix2pix.data.pairs import Pair, find_pairs
-from fastpix2pix.data.pictures import DTYPES, EXTENSIONS, Header, read, read_header
+from fastpix2pix.data.pictures import DTYPES, EXTENSIONS, Header, channels_in_words, read, read_header
 from fastpix2pix.errors import UserError
 
 FIRST_BAD = 10  # so many bad files are listed
@@ -156,8 +156,7 @@ def _others(pairs: list[Pair], files: dict[Path, _File]) -> Iterator[str]:
                 raise UserError(f"{path}: holds {header}, and {paths[0]} {first}; give files of one kind")
         dtype = max((one.header.dtype for one in found), key=DTYPES.index)
         low, high = min(one.low for one in found), max(one.high for one in found)
-        plural = "" if channels == 1 else "s"
-        yield f"{half}: {channels} channel{plural} of {dtype}, values {low:.6g} to {high:.6g}"
+        yield f"{half}: {channels_in_words(channels)} of {dtype}, values {low:.6g} to {high:.6g}"
 
 
 def _describe(report: SplitReport) -> Iterable[str]:

@@ -59,8 +59,13 @@ class Header:
 
     def __str__(self) -> str:
         each = "floating point" if self.dtype == "float32" else f"{8 * np.dtype(self.dtype).itemsize} bits"
-        (height, width), plural = self.size, "" if self.channels == 1 else "s"
-        return f"{self.channels} channel{plural} of {each}, {width}x{height} pixels"
+        height, width = self.size
+        return f"{channels_in_words(self.channels)} of {each}, {width}x{height} pixels"
+
+
+def channels_in_words(count: int) -> str:
+    """ "1 channel", "2 channels"."""
+    return f"{count} channel{'' if count == 1 else 's'}"
 
 
 def read_header(path: Path) -> Header:
@@ -97,7 +102,7 @@ def read(path: Path, channels: int | None = None) -> np.ndarray:
             samples = decode()
     elif path.suffix.lower() == ARRAY:
         with _array(path) as (header, mapped):
-            samples = np.array(mapped, mapped.dtype.newbyteorder("="), ndmin=3).reshape(*header.size, -1)
+            samples = np.array(mapped, mapped.dtype.newbyteorder("=")).reshape(*header.size, -1)
     else:
         return _read_by_pillow(path, channels)
     if channels not in (None, header.channels):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastpix2pix.data.pictures import DTYPES, Header, can_hold
+from fastpix2pix.data.pictures import DTYPES, Header, can_hold, channels_in_words
 from fastpix2pix.data.resize import Interpolation, resize
 from fastpix2pix.errors import UserError
 
@@ -137,9 +137,8 @@ class Side:
         return replace(self, range=range, dtype=dtype, suffix=suffix)
 
     def __str__(self) -> str:
-        plural = "" if self.channels == 1 else "s"
         of = "" if self.range is None else f", {self.range[0]:g} to {self.range[1]:g}"
-        return f"{self.channels} channel{plural} of {self.dtype}{of}"
+        return f"{channels_in_words(self.channels)} of {self.dtype}{of}"
 
 
 def of_8_bits(name: Name, channels: int) -> Side:
