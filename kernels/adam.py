@@ -1,8 +1,8 @@
 """Adam on fp32 masters: gradient, moments, master and working copy are each touched once.
 
-The master of a bf16 weight is split: the weight itself is its upper half, rounded, and 16 more bits are kept
-beside it (``reference.split_master``). That is exact and moves 26 bytes a weight where a copy of the master
-in float32 moves 28.
+The master of a 16-bit weight is split: the weight itself is the master rounded, and what rounding took away
+is kept beside it in 16 more bits (``reference.split_master``, which says how exact that is). That moves 26
+bytes a weight where a copy of the master in float32 moves 28.
 
 One kernel serves every parameter. A large one has a launch of its own, which can start as soon as its
 gradient is there; small ones (norm weights, biases, the outer convolutions) share launches, because at a few
@@ -149,7 +149,7 @@ class AdamTensors(NamedTuple):
 
     exp_avg, exp_avg_sq: the moments, fp32 (or fp64). master: the weight in their type, or None where it is
     split. working: the 16-bit weight, or None where the network computes with the master. remainder: int16,
-    which with the bf16 working weight makes a split master, else None.
+    which with the working weight makes a split master, else None.
     """
 
     exp_avg: Tensor
@@ -272,7 +272,8 @@ def update_by_reference(
             found_inf=found_inf,
         )
         if split:
-            for tensor, half in zip((p.working, p.remainder), reference.split_master(master), strict=True):
+            halves = reference.split_master(master, p.working.dtype)
+            for tensor, half in zip((p.working, p.remainder), halves, strict=True):
                 tensor.copy_(half)
 
 

@@ -58,15 +58,33 @@ def _pick(choices, which):
 
 
 @triton.jit
+def _remainder_unit(rounded):
+    """``reference._remainder_unit``: of a float16 weight, in float32."""
+    binade = tl.maximum(tl.abs(rounded), 2.0**-14).to(tl.int32, bitcast=True) & 0x7F800000
+    return binade.to(tl.float32, bitcast=True) * 2.0**-25
+
+
+@triton.jit
 def join_master(working, remainder):
-    """The fp32 master of a bf16 weight and its int16 remainder: ``reference.join_master``."""
+    """The fp32 master of a 16-bit weight and its int16 remainder: ``reference.join_master``."""
+    if working.dtype == tl.float16:
+        rounded = working.to(tl.float32)
+        rest = remainder.to(tl.float32) * _remainder_unit(rounded)
+        return tl.where(remainder == 0, rounded, rounded + rest)
     high = working.to(tl.int16, bitcast=True).to(tl.int32) << 16
     return (high + remainder.to(tl.int32)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def split_master(master):
-    """The bf16 weight and the int16 remainder of an fp32 master: ``reference.split_master``."""
+def split_master(master, DTYPE: tl.constexpr):
+    """The weight in DTYPE and the int16 remainder of an fp32 master: ``reference.split_master``."""
+    if DTYPE == tl.float16:
+        near_zero = tl.floor(master * 2.0**39 + 0.5) * 2.0**-39
+        master = tl.where(tl.abs(master) < 2.0**-16, near_zero, master)
+        working = master.to(tl.float16)
+        rounded = working.to(tl.float32)
+        rest = (master - rounded) / _remainder_unit(rounded)
+        return working, tl.where(tl.abs(rounded) < float("inf"), rest, 0.0).to(tl.int16)
     bits = tl.where(master == master, master.to(tl.int32, bitcast=True), 0x7FC00000)
     high = (bits + 0x8000) >> 16
     return high.to(tl.int16).to(tl.bfloat16, bitcast=True), bits.to(tl.int16)
@@ -128,7 +146,7 @@ def adam_update(
     tl.store(exp_avg_at, m, mask=inside)
     tl.store(exp_avg_sq_at, v, mask=inside)
     if masters is None:
-        working, remainder = split_master(master)
+        working, remainder = split_master(master, working.dtype)
         tl.store(_pick(workings, which) + position, working, mask=inside)
         tl.store(_pick(remainders, which) + position, remainder, mask=inside)
     else:

@@ -90,16 +90,15 @@ def deep_update(
     m = tl.load(exp_avg + position, mask=inside)
     v = tl.load(exp_avg_sq + position, mask=inside)
     if master is None:
-        weight = join_master(
-            tl.load(working + position, mask=inside), tl.load(remainder + position, mask=inside)
-        )
+        rounded = tl.load(working + position, mask=inside)
+        weight = join_master(rounded, tl.load(remainder + position, mask=inside))
     else:
         weight = tl.load(master + position, mask=inside)
     weight, m, v = adam_step(weight, g, m, v, clock, BETA1, BETA2)
     tl.store(exp_avg + position, m, mask=inside)
     tl.store(exp_avg_sq + position, v, mask=inside)
     if master is None:
-        rounded, rest = split_master(weight)
+        rounded, rest = split_master(weight, rounded.dtype)
         tl.store(working + position, rounded, mask=inside)
         tl.store(remainder + position, rest, mask=inside)
     else:

@@ -470,19 +470,41 @@ def write_loss_row(rows: Tensor, written: Tensor, terms: Sequence[Tensor], lambd
 # ------------------------------------------------------------------------------------------------ Adam
 
 
-def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """A float32 master as its bfloat16 rounding and an int16 remainder, from which it can be joined exactly.
+def split_master(master: Tensor, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """A float32 master as its rounding to ``dtype`` (bfloat16 or float16) and an int16 remainder, from which
+    it can be joined.
 
-    The two add up as integers: the weight's bits, shifted up by 16, plus the remainder are the master's bits.
-    So a tie rounds away from zero, where a conversion rounds to even. Every NaN becomes the same one.
+    bfloat16: exactly. The two add up as integers: the weight's bits, shifted up by 16, plus the remainder are
+    the master's bits. So a tie rounds away from zero, where a conversion rounds to even. Every NaN becomes
+    the same one.
+
+    float16: exactly from 2**-16 on, as its 11 digits leave 13 of float32's 24 to the remainder. Nearer to
+    zero, where float16's steps become no finer, the master is rounded to a multiple of 2**-39: an error no
+    larger than that of float32 itself at 2**-16. What overflows is infinite.
     """
+    if dtype == torch.float16:
+        near_zero = (master * 2.0**39 + 0.5).floor() * 2.0**-39
+        master = torch.where(master.abs() < 2.0**-16, near_zero, master)
+        working = master.to(dtype)
+        rounded = working.to(torch.float32)
+        rest = (master - rounded) / _remainder_unit(rounded)
+        return working, torch.where(rounded.isfinite(), rest, 0).to(torch.int16)
     bits = torch.where(master.isnan(), 0x7FC00000, master.view(torch.int32))
     return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
 
 
 def join_master(working: Tensor, remainder: Tensor) -> Tensor:
     """The float32 master that ``split_master`` split."""
+    if working.dtype == torch.float16:
+        rounded = working.to(torch.float32)
+        return torch.where(remainder == 0, rounded, rounded + remainder * _remainder_unit(rounded))
     return ((working.view(torch.int16).to(torch.int32) << 16) + remainder).view(torch.float32)
+
+
+def _remainder_unit(rounded: Tensor) -> Tensor:
+    """What 1 in the remainder of a float16 weight stands for: 2**-15 of the weight's last digit."""
+    binade = rounded.abs().clamp(min=2.0**-14).view(torch.int32) & 0x7F800000
+    return binade.view(torch.float32) * 2.0**-25
 
 
 def adam_step(

@@ -66,10 +66,10 @@ class MasterAdam(Optimizer):
     """Adam (Kingma & Ba, 2015) whose state is fp32 whatever the type of the parameters.
 
     params: an iterable of dense parameters (or of dictionaries, as for any torch optimizer), all on one
-    device. float32 and float64 parameters are their own masters; for float16 ones the state holds a float32
-    ``master``, and the parameter is the working copy that each update rewrites. The master of a bfloat16
-    parameter is the parameter and an int16 ``remainder`` where Triton's kernels update it, exact and two
-    bytes shorter (``reference.split_master``), and a ``master`` as of float16 elsewhere.
+    device. float32 and float64 parameters are their own masters. The master of a 16-bit parameter is the
+    parameter and an int16 ``remainder`` where Triton's kernels update it (``reference.split_master``);
+    elsewhere the state holds a float32 ``master``, and the parameter is the working copy that each update
+    rewrites.
     keras_eps: where ``eps`` is added; see ``reference.adam_step`` for both forms. The defaults are those of
     the TensorFlow tutorial (Keras); torch's are ``eps=1e-8, keras_eps=False``.
     loss_scale: for fp16, the ``LossScale`` that multiplied the loss.
@@ -124,7 +124,7 @@ class MasterAdam(Optimizer):
             state["step"] = clock.step
             state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
-            if p.dtype == torch.bfloat16 and use_triton(p):
+            if p.dtype in (torch.bfloat16, torch.float16) and use_triton(p):
                 state["remainder"] = torch.zeros_like(p, dtype=torch.int16)
             elif p.dtype != dtype:
                 state["master"] = p.detach().to(dtype)
@@ -155,7 +155,7 @@ class MasterAdam(Optimizer):
         """Copy ``value`` to the master of ``p``, and rounded to ``p``."""
         state = self.state[p]
         if "remainder" in state:
-            working, remainder = split_master(value.to(p.device, torch.float32))
+            working, remainder = split_master(value.to(p.device, torch.float32), p.dtype)
             state["remainder"].copy_(remainder)
             p.copy_(working)
             return

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpix2pix.kernels import adam
+from fastpix2pix.training import optim
 from fastpix2pix.training.optim import LossScale, MasterAdam
 
 
@@ -458,7 +459,7 @@ def test_kernels_take_the_same_steps_as_the_cpu_path(triton_device, dtype, monke
     scales = [LossScale(triton_device, initial=8.0), LossScale(initial=8.0)]
     optimizer = MasterAdam(ours.parameters(), loss_scale=scales[0])
     with monkeypatch.context() as patch:
-        patch.setattr(adam, "use_triton", lambda tensor: False)
+        patch.setattr(optim, "use_triton", lambda tensor: False)
         peer = MasterAdam(theirs.parameters(), loss_scale=scales[1])
     for i, bad in enumerate((False, True, False, False)):
         for module in (ours, theirs):
@@ -472,8 +473,10 @@ def test_kernels_take_the_same_steps_as_the_cpu_path(triton_device, dtype, monke
         for scale in scales:
             scale.update()
     assert scales[0].scale.item() == scales[1].scale.item() == 4.0
+    mine, expected = (one.state_dict()["state"] for one in (optimizer, peer))
+    for index, state in expected.items():
+        for name, tensor in state.items():
+            actual = mine[index][name].cpu().double()
+            torch.testing.assert_close(actual, tensor.double(), rtol=1e-5, atol=1e-7, msg=name)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        for name, tensor in peer.state[q].items():
-            mine = optimizer.state[p][name].cpu().double()
-            torch.testing.assert_close(mine, tensor.double(), rtol=1e-5, atol=1e-7, msg=name)
         torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=2**-10, atol=1e-6)
