@@ -18,13 +18,14 @@ from torch.nn import functional as F
 from benchmarks.conftest import DEVICE
 from benchmarks.roofline import copy_bandwidth
 from benchmarks.timing import captured, clock
-from fastpix2pix.kernels import adam, launch, reference
+from fastpix2pix.kernels import adam, deep_conv, deep_update, launch, reference
 from fastpix2pix.kernels.adam import AdamClock, AdamForm, AdamTensors
 from fastpix2pix.kernels.cpu_conv import conv2d, conv_transpose2d
 from fastpix2pix.kernels.gan_loss import gan_loss
 from fastpix2pix.kernels.norm_act import norm_act
 from fastpix2pix.kernels.reference import NormActConfig
 from fastpix2pix.kernels.tanh_l1 import tanh_l1
+from fastpix2pix.training.deep_choice import solve_by_library
 from fastpix2pix.training.precision import WORKING_TYPES, choose_precision
 
 ON_GPU = DEVICE.type == "cuda"
@@ -38,6 +39,7 @@ Calls = dict[str, Callable[[], object]]
 
 OURS, REFERENCE, TORCH, COMPILED = "fastpix2pix", "reference", "torch", "torch.compile"
 DEFAULT_ADAM, FUSED_ADAM = "torch, default", "torch, fused"
+STORED = "the library's gradient, stored, then our Adam"
 
 
 def image(n: int, channels: int, side: int, *, grad: bool = False) -> Tensor:
@@ -150,23 +152,35 @@ def tanh_l1_calls() -> Calls:
     }
 
 
+def adam_tensors(count: int) -> tuple[AdamTensors, AdamForm, AdamClock]:
+    """As the optimizer lays them out here."""
+    master, exp_avg, exp_avg_sq = (torch.zeros(count, device=DEVICE) for _ in range(3))
+    working = None if torch.float32 == DTYPE else torch.zeros(count, device=DEVICE, dtype=DTYPE)
+    split = working is not None and launch.use_triton(working)
+    remainder = torch.zeros_like(working, dtype=torch.int16) if split else None
+    clock = AdamClock.create(DEVICE)
+    clock.lr.fill_(2e-4)
+    whole = None if split else master
+    tensors = AdamTensors(exp_avg, exp_avg_sq, whole, working, remainder)
+    return tensors, AdamForm(0.5, 0.999, 1e-7, False), clock
+
+
+def updated(parameter: AdamTensors) -> Tensor:
+    return parameter.working if parameter.master is None else parameter.master
+
+
 def adam_calls(count: int) -> Calls:
     """One update of ``count`` weights and of their 16-bit copies, where the networks compute with such."""
-    master, exp_avg, exp_avg_sq = (torch.zeros(count, device=DEVICE) for _ in range(3))
-    gradient = torch.randn(count, device=DEVICE, dtype=DTYPE)
-    working = None if torch.float32 == DTYPE else torch.zeros(count, device=DEVICE, dtype=DTYPE)
-    split = working is not None and working.dtype == torch.bfloat16 and launch.use_triton(working)
-    remainder = torch.zeros_like(working, dtype=torch.int16) if split else None
-    parameter = AdamTensors(exp_avg, exp_avg_sq, None if split else master, working, remainder)
-    form, ticking = AdamForm(0.5, 0.999, 1e-7, False), AdamClock.create(DEVICE)
-    ticking.lr.fill_(2e-4)
+    parameter, form, ticking = adam_tensors(count)
+    exp_avg, exp_avg_sq, _, working, _ = parameter
+    master, gradient = torch.zeros(count, device=DEVICE), torch.randn(count, device=DEVICE, dtype=DTYPE)
     weight = torch.zeros(count, device=DEVICE, requires_grad=True)
     weight.grad = gradient.float()
 
     def ours() -> Tensor:
         adam.advance(adam.Tick(ticking, form))
         adam.update([parameter], [gradient], ticking, form)
-        return master if working is None else working
+        return updated(parameter)
 
     def by_reference() -> Tensor:
         ticking.step.add_(1)
@@ -186,6 +200,27 @@ def adam_calls(count: int) -> Calls:
         return call
 
     return {OURS: ours, REFERENCE: by_reference, DEFAULT_ADAM: by(foreach=ON_GPU), FUSED_ADAM: by(fused=True)}
+
+
+def deep_update_calls(channels_small: int, channels_big: int, side: int) -> Calls:
+    """A deep layer's weight gradient and its Adam: in one pass, and with the gradient stored in between."""
+    small, big = image(1, channels_small, side), image(1, channels_big, 2 * side)
+    problem = deep_conv.problem_of("weight", small.shape, channels_big, DTYPE)
+    parameter, form, ticking = adam_tensors(channels_small * channels_big * 16)
+    rule = (ticking, form)
+
+    def ours() -> Tensor:
+        adam.advance(adam.Tick(*rule))
+        deep_update.update(small, big, parameter, *rule)
+        return updated(parameter)
+
+    def stored() -> Tensor:
+        adam.advance(adam.Tick(*rule))
+        gradient = solve_by_library(problem, small, big).permute(0, 2, 3, 1).reshape(-1)
+        adam.update([parameter], [gradient], *rule)
+        return updated(parameter)
+
+    return {OURS: ours, STORED: stored}
 
 
 def conv_calls(transposed: bool, channels_in: int, channels_out: int, side: int) -> Calls:
@@ -216,6 +251,8 @@ CASES = {
     "gan_loss 30x30": (gan_loss_calls, (OURS, REFERENCE, TORCH)),
     "tanh_l1 256x256": (tanh_l1_calls, EVERY_SIDE),
     "adam 512x512x4x4": (partial(adam_calls, 512 * 512 * 16), (OURS, REFERENCE, DEFAULT_ADAM, FUSED_ADAM)),
+    "weight gradient and adam 4x4x512": (partial(deep_update_calls, 512, 512, 4), (OURS, STORED)),
+    "weight gradient and adam 8x8x512": (partial(deep_update_calls, 512, 512, 8), (OURS, STORED)),
 }
 CONVOLUTIONS = {
     "conv 128x128, 64 to 128": partial(conv_calls, False, 64, 128, 128),

@@ -12,9 +12,9 @@ Beside this floor stands a second model, with latency. Each launch then takes ``
 it is longer than for bytes and arithmetic, as long as its programs wait: ``TRIP_US`` for each trip to memory
 of each wave of programs, and the bytes at the rate of the multiprocessors that have a program at all. A
 library's launches are taken for ones that need a single trip and fill the device, which flatters the peers.
-Launches on a step's second stream follow the first one's, or run beside them: from the first of them on, the
-step then takes as long as the longer stream does, or as memory does for the bytes of both. How much of that
-is true, only a GPU can tell.
+Launches on a step's second stream follow the first one's, or run beside them: from the first of them until
+the streams are joined, the step then takes as long as the longer stream does, or as the bytes and the
+arithmetic of both do, one launch after the other. How much of that is true, only a GPU can tell.
 
 What the models leave out makes true steps slower (no kernel reaches the published figures, libraries' kernels
 for images of a few pixels least of all) or faster (what an operator wrote may still be in the L2 cache when
@@ -25,6 +25,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ from benchmarks.traffic import Entry, Measures
 from benchmarks.variants import all_variants
 from benchmarks.workload import Workload
 from fastpix2pix import cli
+from fastpix2pix.kernels.launch import TENSOR_CORES_SINCE
 from fastpix2pix.kernels.tiles import cdiv
 from fastpix2pix.training.precision import WORKING_TYPES
 
@@ -63,13 +65,15 @@ RESIDENT_WARPS = 16
 @dataclass(frozen=True)
 class Gpu:
     """bandwidth, l2: GB/s of the memory and of the L2 cache. multiprocessors: how many. flops: dense TFLOP/s
-    of a matrix product in each type; sixteen: the 16-bit type that training takes on it."""
+    of a matrix product in each type; sixteen: the 16-bit type that training takes on it. capability: for
+    compute."""
 
     bandwidth: float
     l2: float
     multiprocessors: int
     flops: dict[str, float]
     sixteen: str = "bf16"
+    capability: tuple[int, int] = (9, 0)
 
 
 # NVIDIA's data sheets of the SXM modules: "NVIDIA V100 Tensor Core GPU" (2020), "NVIDIA A100 Tensor Core GPU"
@@ -77,8 +81,8 @@ class Gpu:
 # H100 and H200 give tensor rates with sparsity; half of that is dense. L2 bandwidth: table 3 of
 # PMC10448217 (2023), which has the H200's chip as that of the H100.
 GPUS = {
-    "V100": Gpu(900, 3133, 80, {"fp32": 15.7, "tf32": 15.7, "fp16": 125}, "fp16"),
-    "A100": Gpu(2039, 7219, 108, {"fp32": 19.5, "tf32": 156, "fp16": 312, "bf16": 312}),
+    "V100": Gpu(900, 3133, 80, {"fp32": 15.7, "tf32": 15.7, "fp16": 125}, "fp16", (7, 0)),
+    "A100": Gpu(2039, 7219, 108, {"fp32": 19.5, "tf32": 156, "fp16": 312, "bf16": 312}, capability=(8, 0)),
     "H100": Gpu(3350, 8986, 132, {"fp32": 67, "tf32": 494.5, "fp16": 989.5, "bf16": 989.5}),
     "H200": Gpu(4800, 8986, 132, {"fp32": 67, "tf32": 494.5, "fp16": 989.5, "bf16": 989.5}),
 }
@@ -109,7 +113,10 @@ def floor_seconds(entries: list[Entry], bandwidth: float, flops: float, *, captu
 
 
 def launch_seconds(entry: Entry, gpu: Gpu, flops: float) -> float:
-    """With latency; ``flops`` in operations per second."""
+    """With latency; ``flops`` in operations per second, but for our own products where Triton multiplies
+    without tensor cores."""
+    if entry.grid is not None and gpu.capability < TENSOR_CORES_SINCE:
+        flops = 1e12 * gpu.flops["fp32"]
     waiting = 1e-6 * TRIP_US
     if entry.grid is not None:
         programs, warps, trips = entry.grid
@@ -121,11 +128,18 @@ def launch_seconds(entry: Entry, gpu: Gpu, flops: float) -> float:
 
 
 def latency_seconds(entries: list[Entry], gpu: Gpu, flops: float, *, overlap: bool = False) -> float:
-    """A step's launches in turn; with ``overlap``, those of its second stream beside the others."""
+    """A step's launches in turn; with ``overlap``, those of its second stream beside the others, between the
+    first of them and the join."""
+    if overlap:
+        parts = groupby(entries, lambda entry: entry.joined)
+        return sum(_overlapped_seconds(list(part), gpu, flops) for _, part in parts)
+    return sum(launch_seconds(entry, gpu, flops) for entry in entries)
+
+
+def _overlapped_seconds(entries: list[Entry], gpu: Gpu, flops: float) -> float:
+    """Of a part of a step at whose end the streams are joined."""
     seconds = [launch_seconds(entry, gpu, flops) for entry in entries]
-    forked = next((i for i, entry in enumerate(entries) if entry.aside), None)
-    if not overlap or forked is None:
-        return sum(seconds)
+    forked = next((i for i, entry in enumerate(entries) if entry.aside), len(entries))
     streams = [0.0, 0.0]
     for entry, taken in zip(entries[forked:], seconds[forked:], strict=True):
         streams[entry.aside] += taken
@@ -134,23 +148,24 @@ def latency_seconds(entries: list[Entry], gpu: Gpu, flops: float, *, overlap: bo
 
 @cache
 def trace(
-    preset: str, batch_size: int, precision: str, tuning: Tuning | None, measures: Measures | None = None
+    preset: str,
+    batch_size: int,
+    precision: str,
+    tuning: Tuning | None,
+    measures: Measures | None = None,
+    capability: tuple[int, int] = TENSOR_CORES_SINCE,
 ) -> list[Entry]:
-    """The operators of a step as a GPU runs them: a peer's of this ``tuning``, or ours in ``precision``."""
+    """The operators of a step as a GPU of ``capability`` runs them: a peer's of this ``tuning``, or ours in
+    ``precision``."""
     workload = Workload(preset=preset, batch_size=batch_size)
     if tuning is None:
-        return traffic.trace_ours(workload, precision, measures)
+        return traffic.trace_ours(workload, precision, measures, capability=capability)
     return traffic.trace_peer(workload, replace(tuning, compiled=False))
 
 
 def on_gpu(tuning: Tuning) -> Tuning:
     """As a GPU runs it: without further wishes, Adam there updates several tensors per operator."""
     return tuning if tuning.adam else replace(tuning, adam=traffic.PLAIN_ON_GPU.adam)
-
-
-def measures_on(gpu: Gpu) -> Measures:
-    """What our step has there: on sm_70, Triton has no tensor cores, and fp16 waits for its loss scale."""
-    return Measures() if gpu.sixteen == "bf16" else Measures(False, False, False)
 
 
 def modelled(preset: str, batch_size: int, gpu: Gpu) -> dict[str, dict[str, float]]:
@@ -171,8 +186,8 @@ def modelled(preset: str, batch_size: int, gpu: Gpu) -> dict[str, dict[str, floa
     }
     rows = {}
     for name, (kind, tuning, captured) in variants.items():
-        measures = None if tuning else measures_on(gpu)
-        entries = trace(preset, batch_size, gpu.sixteen, tuning, measures)
+        capability = min(gpu.capability, TENSOR_CORES_SINCE)
+        entries = trace(preset, batch_size, gpu.sixteen, tuning, capability=capability)
         bandwidth, flops = gpu.bandwidth * 1e9, gpu.flops[kind] * 1e12
         host = 0.0 if captured else host_seconds(entries)
         rows[name] = {
@@ -267,11 +282,6 @@ def matmul_rate(device: torch.device, precision: str, size: int = 8192) -> float
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _measures_here(device: torch.device) -> Measures:
-    modern = torch.cuda.get_device_capability(device) >= (8, 0)
-    return Measures() if modern else Measures(False, False, False)
-
-
 def measured(config: "RooflineConfig", device: torch.device) -> list[dict[str, Any]]:
     """Of every variant on this GPU: its step, and the model's floor with this GPU's measured rates."""
     workload = Workload(preset=config.preset, batch_size=config.batch_size)
@@ -280,8 +290,8 @@ def measured(config: "RooflineConfig", device: torch.device) -> list[dict[str, A
     rows = []
     for variant in variants:
         tuning = None if variant.tuning is None else on_gpu(variant.tuning)
-        measures = None if tuning else _measures_here(device)
-        entries = trace(config.preset, config.batch_size, variant.precision, tuning, measures)
+        capability = min(torch.cuda.get_device_capability(device), TENSOR_CORES_SINCE)
+        entries = trace(config.preset, config.batch_size, variant.precision, tuning, capability=capability)
         rate = matmul_rate(device, variant.arithmetic)
         floor = floor_seconds(entries, copy_bandwidth(device), rate, captured=variant.captured)
         ms = 1e3 * statistics.median(taken.wall for taken in seconds[variant.name])

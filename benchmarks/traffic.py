@@ -38,6 +38,7 @@ from fastpix2pix.models.blocks import Block
 from fastpix2pix.training.distributed import Exchange
 from fastpix2pix.training.precision import WORKING_TYPES
 from fastpix2pix.training.step import TrainStep
+from fastpix2pix.training.streams import SideStream
 
 KINDS = ("convolution", "optimizer", "epilogue", "loss", "copy", "other")
 
@@ -81,7 +82,7 @@ class Grid(NamedTuple):
 class Entry(NamedTuple):
     """One operator or launch.
 
-    grid: of a launch of ours. aside: on the step's second stream.
+    grid: of a launch of ours. aside: on the step's second stream. joined: how often that was joined before.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Entry(NamedTuple):
     launches: int = 1
     grid: Grid | None = None
     aside: bool = False
+    joined: int = 0
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -132,7 +134,7 @@ class Trace(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.entries: list[Entry] = []
-        self.aside = False
+        self.aside, self.joined = False, 0
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -140,13 +142,13 @@ class Trace(TorchDispatchMode):
             yield
 
     def _add(self, name: str, reads: list[Tensor], writes: list[Tensor], **details: Any) -> None:
-        details = {"flops": 0, "aside": self.aside, **details}
+        details = {"flops": 0, "aside": self.aside, "joined": self.joined, **details}
         self.entries.append(Entry(name, _kind(name), *_traffic(reads, writes), **details))
 
     def _on_launch(self, made: launch.Launch) -> None:
         reads, writes = ([t for t in tensors if t is not None] for tensors in (made.reads, made.writes))
         grid = Grid(made.programs, made.options.get("num_warps", _USUAL_WARPS), made.trips)
-        self._add(made.name, reads, writes, grid=grid)
+        self._add(made.name, reads, writes, grid=grid, flops=made.flops)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -176,7 +178,7 @@ _USUAL_WARPS = 4
 _FREE = ("detach", "_local_scalar_dense", "_record_function")
 """Operators without work for the device."""
 
-_WRITE_ONLY = ("copy_", "_foreach_copy_", "fill_", "zero_")
+_WRITE_ONLY = ("copy_", "_foreach_copy_", "fill_", "zero_", "_foreach_zero_")
 """Operators whose first argument is written without being read."""
 
 _NOT_WRITTEN = "grads"
@@ -230,11 +232,14 @@ def our_step(
 
 
 def trace_ours(
-    workload: Workload, precision: str, measures: Measures | None = None, step: TrainStep | None = None
+    workload: Workload,
+    precision: str,
+    measures: Measures | None = None,
+    step: TrainStep | None = None,
+    capability: tuple[int, int] = launch.TENSOR_CORES_SINCE,
 ) -> list[Entry]:
-    """Our step in ``precision``, with the copies that bring a pair into the captured graph.
-
-    As on a GPU from sm_80 on; without ``Measures`` as on an older one too. step: as of ``our_step``.
+    """Our step in ``precision``, with the copies that bring a pair into the captured graph, as on a GPU of
+    this compute capability. step: as of ``our_step``.
     """
     measures = Measures() if measures is None else measures
     step = our_step(workload, precision, split_masters=measures.split_masters) if step is None else step
@@ -245,23 +250,27 @@ def trace_ours(
     dtype = WORKING_TYPES[precision]
     slots, images = _images(workload, dtype), _images(workload, dtype)
     trace = Trace()
-    if (side := getattr(step, "side", None)) is not None:
-        side.fork = _marked(trace, side.fork)
-    with _set(deep_conv, "offered", measures.deep_convolutions), trace():
+    _mark(trace, step.side)
+    with launch.assuming(capability), _set(deep_conv, "offered", measures.deep_convolutions), trace():
         torch._foreach_copy_(slots, images)
         step.body(*slots)
     return trace.entries
 
 
-def _marked(trace: Trace, fork: Callable) -> Callable:
-    """``SideStream.fork`` whose work the trace sees as that of the second stream."""
+def _mark(trace: Trace, side: SideStream) -> None:
+    """Let the trace see what the step sends to its second stream, and where that is joined."""
+    fork, join = side.fork, side.join
 
     def fork_traced(work: Callable[[], None], uses: Iterable[Tensor]) -> None:
         trace.aside = True
         fork(work, uses)
         trace.aside = False
 
-    return fork_traced
+    def join_traced() -> None:
+        join()
+        trace.joined += 1
+
+    side.fork, side.join = fork_traced, join_traced  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -88,27 +88,32 @@ class Tick(NamedTuple):
     found_inf: Tensor | None = None
 
 
-def advance(*ticks: Tick) -> None:
+def advance(*ticks: Tick, seen: Tensor | None = None) -> None:
     """Count one step of each clock whose ``found_inf`` is not non-zero, and set alpha and eps_hat for it.
 
-    All in one launch, on one device.
+    All in one launch, on one device. seen: float32 scalar, non-zero afterwards if it was or a ``found_inf``
+    is; None without a loss scale.
     """
     if use_triton(ticks[0].clock.step):
         clocks, forms, found_infs = zip(*ticks, strict=True)
+        counted = [number for clock in clocks for number in (clock.step, clock.alpha, clock.eps_hat)]
         launch(
             adam_advance,
             (1,),
             clocks,
             found_infs,
+            seen,
             RATES=tuple(
                 Rates(_log2(form.beta1), _log2(form.beta2), form.eps, form.keras_eps) for form in forms
             ),
             num_warps=1,
-            reads=(*(number for clock in clocks for number in (clock.step, clock.lr)), *found_infs),
-            writes=[number for clock in clocks for number in (clock.step, clock.alpha, clock.eps_hat)],
+            reads=(*(number for clock in clocks for number in (clock.step, clock.lr)), *found_infs, seen),
+            writes=(*counted, seen),
         )
         return
     for clock, form, found_inf in ticks:
+        if seen is not None:
+            torch.maximum(seen, found_inf, out=seen)
         clock.step.add_(1 if found_inf is None else found_inf == 0)
         t = clock.step.to(torch.float64)
         root_c2 = (1 - torch.pow(form.beta2, t)).sqrt()

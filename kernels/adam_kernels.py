@@ -10,7 +10,7 @@ Arguments:
 * sizes: tuple of the vectors' lengths.
 * clock: an ``adam.AdamClock`` of pointers to scalars. clocks: a tuple of them.
 * grad_scale, found_inf: pointers to float32 scalars, or None without a loss scale. found_infs: a tuple, one
-  for each clock.
+  for each clock. seen: pointer to a float32 scalar, the largest of all that were there, or None.
 
 Compile-time constants:
 
@@ -58,10 +58,10 @@ def _pick(choices, which):
 
 
 @triton.jit
-def _remainder_unit(rounded):
-    """``reference._remainder_unit``: of a float16 weight, in float32."""
-    binade = tl.maximum(tl.abs(rounded), 2.0**-14).to(tl.int32, bitcast=True) & 0x7F800000
-    return binade.to(tl.float32, bitcast=True) * 2.0**-25
+def _binade(rounded):
+    """The bits of the power of two at or below a float16 weight, in float32; of the smallest and the largest
+    normal one for weights beyond them."""
+    return tl.minimum(tl.maximum(tl.abs(rounded), 2.0**-14), 65504.0).to(tl.int32, bitcast=True) & 0x7F800000
 
 
 @triton.jit
@@ -69,25 +69,30 @@ def join_master(working, remainder):
     """The fp32 master of a 16-bit weight and its int16 remainder: ``reference.join_master``."""
     if working.dtype == tl.float16:
         rounded = working.to(tl.float32)
-        rest = remainder.to(tl.float32) * _remainder_unit(rounded)
-        return tl.where(remainder == 0, rounded, rounded + rest)
-    high = working.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    return (high + remainder.to(tl.int32)).to(tl.float32, bitcast=True)
+        unit = _binade(rounded).to(tl.float32, bitcast=True) * 2.0**-25
+        master = rounded + remainder.to(tl.float32) * unit
+    else:
+        high = working.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        master = (high + remainder.to(tl.int32)).to(tl.float32, bitcast=True)
+    return master
 
 
 @triton.jit
-def split_master(master, DTYPE: tl.constexpr):
-    """The weight in DTYPE and the int16 remainder of an fp32 master: ``reference.split_master``."""
-    if DTYPE == tl.float16:
+def split_master(master, dtype: tl.constexpr):
+    """The weight in ``dtype`` and the int16 remainder of an fp32 master: ``reference.split_master``."""
+    if dtype == tl.float16:
         near_zero = tl.floor(master * 2.0**39 + 0.5) * 2.0**-39
         master = tl.where(tl.abs(master) < 2.0**-16, near_zero, master)
         working = master.to(tl.float16)
         rounded = working.to(tl.float32)
-        rest = (master - rounded) / _remainder_unit(rounded)
-        return working, tl.where(tl.abs(rounded) < float("inf"), rest, 0.0).to(tl.int16)
-    bits = tl.where(master == master, master.to(tl.int32, bitcast=True), 0x7FC00000)
-    high = (bits + 0x8000) >> 16
-    return high.to(tl.int16).to(tl.bfloat16, bitcast=True), bits.to(tl.int16)
+        inverse = (0x7F000000 - _binade(rounded)).to(tl.float32, bitcast=True)  # to divide costs registers
+        rest = (master - rounded) * (inverse * 2.0**25)
+        remainder = tl.where(tl.abs(rounded) < float("inf"), rest, 0.0).to(tl.int16)
+    else:
+        bits = tl.where(master == master, master.to(tl.int32, bitcast=True), 0x7FC00000)
+        working = ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        remainder = bits.to(tl.int16)
+    return working, remainder
 
 
 @triton.jit
@@ -156,11 +161,16 @@ def adam_update(
 
 
 @triton.jit
-def adam_advance(clocks, found_infs, RATES: tl.constexpr):
-    """Counts a step in each clock and computes alpha and eps_hat for it.
+def adam_advance(clocks, found_infs, seen, RATES: tl.constexpr):
+    """Counts a step in each clock and computes alpha and eps_hat for it; raises seen where a found_inf is.
 
     One program, once a step, so that no program of ``adam_update`` has to raise anything to a power in fp64.
     """
+    if seen is not None:
+        any_of_them = tl.load(seen)
+        for i in tl.static_range(len(clocks)):
+            any_of_them = tl.maximum(any_of_them, tl.load(found_infs[i]))
+        tl.store(seen, any_of_them)
     for i in tl.static_range(len(clocks)):
         clock, found_inf, rates = clocks[i], found_infs[i], RATES[i]
         step = tl.load(clock.step)

@@ -37,7 +37,7 @@ from fastpix2pix.kernels.deep_conv_kernels import (
 )
 from fastpix2pix.kernels.images import as_pixels, image_pointer
 from fastpix2pix.kernels.language import INTERPRETING, ImagePointer, tl
-from fastpix2pix.kernels.launch import launch, use_triton
+from fastpix2pix.kernels.launch import launch, on_tensor_cores, use_triton
 from fastpix2pix.kernels.norm_act import in_one_launch, norm_act_backward, norm_act_forward
 from fastpix2pix.kernels.reference import NormActConfig
 from fastpix2pix.kernels.tiles import cdiv, next_power_of_2, pipelined_trips
@@ -82,8 +82,7 @@ class Problem(NamedTuple):
 
 
 offered = True
-"""Whether the kernels are used at all; turned off where a GPU's tensor cores are not reached (before sm_80)
-or the user wants the library's convolutions."""
+"""Whether the kernels are used at all; turned off where the user wants the library's convolutions."""
 
 chosen: Mapping[Problem, bool] = {}
 """On a GPU, whether a problem is solved by our kernels (else by the library), as found before the first step
@@ -224,10 +223,13 @@ def fits(problem: Problem) -> bool:
 
 
 def solved_here(problem: Problem, x: Tensor) -> bool:
-    """Whether our kernels solve ``problem`` for images where ``x`` is (else the library does)."""
+    """Whether our kernels solve ``problem`` for images where ``x`` is (else the library does).
+
+    Never without tensor cores, as the library has them on every GPU.
+    """
     if not (offered and use_triton(x) and fits(problem)):
         return False
-    return chosen.get(problem, False) if x.is_cuda else True
+    return chosen.get(problem, False) if x.is_cuda else on_tensor_cores(x)
 
 
 class Sums(NamedTuple):
@@ -301,6 +303,7 @@ def _multiply(problem: Problem, x: Tensor, weight: Tensor, summed_by_next: bool)
         reads=(x, read),
         writes=(out.pointer,),
         trips=pipelined_trips(cdiv(blocks, splits), tile.num_stages),
+        flops=2 * problem.pixels * read.numel(),
     )
     return sums
 
@@ -357,6 +360,7 @@ def _weight_gradient(problem: Problem, small: Tensor, big: Tensor) -> Tensor:
         reads=(small, big),
         writes=(dweight,),
         trips=pipelined_trips(cdiv(problem.pixels, tile.depth), tile.num_stages),
+        flops=2 * problem.pixels * dweight.numel(),
     )
     return dweight
 

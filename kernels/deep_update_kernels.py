@@ -23,6 +23,8 @@ def deep_update(
     rows,
     columns,
     clock,
+    grad_scale,
+    found_inf,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -31,7 +33,8 @@ def deep_update(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Reads small and big; reads and writes the moments and the master in either form.
+    """Reads small and big; reads and writes the moments and the master in either form, writes a working copy
+    of a whole master. Nothing is written where found_inf is not zero.
 
     Arguments:
 
@@ -40,13 +43,17 @@ def deep_update(
     * exp_avg, exp_avg_sq, master, working, remainder: pointers to the fields of an ``adam.AdamTensors``.
     * pixels, height, width: N * h * w, h and w. rows, columns: Cs and Cb, the latter a multiple of 16.
     * clock: an ``adam.AdamClock`` of pointers to scalars.
+    * grad_scale, found_inf: pointers to float32 scalars, or None without a loss scale.
 
     Compile-time constants:
 
     * BETA1, BETA2: those of an ``adam.AdamForm``. BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_PIXELS: those of a
       ``deep_update.Tile``. PRECISION: of products of float32 values, "tf32" or "ieee". WIDEN: multiply in
-      float32, as the interpreter has no product of bf16.
+      float32, as the interpreter's products of 16-bit values are not summed in float32.
     """
+    if found_inf is not None:  # noqa: SIM102 (compile time; the next one is decided at run time)
+        if tl.load(found_inf) != 0.0:
+            return
     column_blocks = tl.cdiv(columns, BLOCK_COLUMNS)
     tap = tl.program_id(0) // column_blocks
     first_column = tl.program_id(0) % column_blocks * BLOCK_COLUMNS
@@ -81,6 +88,8 @@ def deep_update(
     # to the layout in which the streams move in full vectors. Were they loaded before, or in two dimensions,
     # each of them would be brought to the accumulator's layout, through shared memory.
     g = tl.reshape(g, BLOCK_ROWS * BLOCK_COLUMNS)
+    if grad_scale is not None:
+        g = g / tl.load(grad_scale)
     element = tl.arange(0, BLOCK_ROWS * BLOCK_COLUMNS)
     row = first_row + element // BLOCK_COLUMNS
     column = first_column + tl.max_contiguous(element % BLOCK_COLUMNS, 4)
@@ -103,3 +112,5 @@ def deep_update(
         tl.store(remainder + position, rest, mask=inside)
     else:
         tl.store(master + position, weight, mask=inside)
+        if working is not None:
+            tl.store(working + position, weight, mask=inside)

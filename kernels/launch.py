@@ -20,13 +20,19 @@ kernels_on_cpu = INTERPRETING
 kernels_on_gpu = True
 """Whether CUDA tensors take the Triton path; turned off where it disagrees with the reference."""
 
+TENSOR_CORES_SINCE = (8, 0)
+"""The compute capability from which on Triton 3.9 multiplies on tensor cores; before it takes FMA."""
+
+_assumed_capability = TENSOR_CORES_SINCE
+
 
 class Launch(NamedTuple):
     """One kernel launch: what ``launch`` was called with.
 
     reads, writes: the tensors (slices of larger buffers included) of which elements are read or written,
     usually all of them; None for one that this launch does without. trips: how often one after the other the
-    busiest program waits for memory; nothing but the model of a step's time reads it.
+    busiest program waits for memory; flops: operations of its matrix products. Nothing but the model of a
+    step's time reads these two.
     """
 
     kernel: Any
@@ -36,6 +42,7 @@ class Launch(NamedTuple):
     reads: Sequence[Tensor | None]
     writes: Sequence[Tensor | None]
     trips: int = 1
+    flops: int = 0
 
     @property
     def name(self) -> str:
@@ -90,14 +97,15 @@ def launch(
     reads: Sequence[Tensor | None],
     writes: Sequence[Tensor | None],
     trips: int = 1,
+    flops: int = 0,
     **options: Any,
 ) -> None:
     """Enqueue ``kernel`` on ``grid``: the only way in which this package starts a kernel.
 
     args: the kernel's pointers and numbers, by position. options: its compile-time constants, and num_warps.
-    reads, writes, trips: see ``Launch``.
+    reads, writes, trips, flops: see ``Launch``.
     """
-    this = Launch(kernel, grid, args, options, reads, writes, trips)
+    this = Launch(kernel, grid, args, options, reads, writes, trips, flops)
     if _observer is not None:
         _observer(this)
     if _running:
@@ -117,6 +125,23 @@ def observed(observer: Callable[[Launch], None], *, run: bool = True) -> Iterato
         yield
     finally:
         _observer, _running = None, True
+
+
+@contextmanager
+def assuming(capability: tuple[int, int]) -> Iterator[None]:
+    """Inside, tensors that are on no GPU take the launches of one of this compute capability."""
+    global _assumed_capability
+    before, _assumed_capability = _assumed_capability, capability
+    try:
+        yield
+    finally:
+        _assumed_capability = before
+
+
+def on_tensor_cores(x: Tensor) -> bool:
+    """Whether a kernel's matrix products of ``x`` run on tensor cores."""
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else _assumed_capability
+    return capability >= TENSOR_CORES_SINCE
 
 
 def use_triton(x: Tensor) -> bool:

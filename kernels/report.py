@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import import_module
 from itertools import repeat
@@ -27,7 +27,7 @@ from typing import Annotated
 import tyro
 
 from fastpix2pix.kernels.language import HAS_TRITON, INTERPRETING
-from fastpix2pix.kernels.launch import Launch
+from fastpix2pix.kernels.launch import TENSOR_CORES_SINCE, Launch, assuming
 from fastpix2pix.kernels.tiles import cdiv
 from fastpix2pix.kernels.variants import REGISTERS, WARP, AbsentGPU, Variant
 
@@ -59,8 +59,8 @@ REGISTER_UNIT = 256
 """Granularity in which registers are allocated to a warp."""
 RESERVED_SHARED_BYTES = 1024
 """Shared memory that CUDA reserves in each program, since sm_80."""
-LEAST_ARCH = {"fastpix2pix.kernels.deep_conv_kernels": 80}
-"""Modules whose kernels are not used, nor reported on, before an architecture (``deep_conv.offered``)."""
+KINDS = ((7, 0), TENSOR_CORES_SINCE)
+"""The first compute capabilities of GPUs on which a step launches the same."""
 TENSOR_CORES = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
 """Generations of tensor core instructions, newest first, as they are called in PTX."""
 
@@ -99,25 +99,40 @@ class Row:
 
 @dataclass(frozen=True)
 class Item:
-    """A launch to report on, without its tensors. programs: of its grid."""
+    """A launch to report on, without its tensors. programs: of its grid. since, until: architectures on which
+    it is made, the latter excluded.
+    """
 
     label: str
     dtype: str
     variant: Variant
     programs: int
     bytes_moved: int
+    since: int = 0
+    until: int = sys.maxsize
 
 
 def collect(
     launches: Callable[[str], Sequence[tuple[str, Launch]]], dtypes: Sequence[str], layers: Sequence[str]
 ) -> list[Item]:
     """What to report on: the launches in each type whose "kernel label" contains one of ``layers``."""
-    return [
-        Item(label, dtype, this.variant, prod(this.grid), this.bytes_moved)
-        for dtype in dtypes
-        for label, this in launches(dtype)
-        if not layers or any(layer in f"{this.name} {label}" for layer in layers)
-    ]
+    items: dict[Item, Item] = {}
+    for dtype in dtypes:
+        for capability, following in zip(KINDS, [*KINDS[1:], None], strict=True):
+            since, until = _arch(capability), sys.maxsize if following is None else _arch(following)
+            with assuming(capability):
+                made = launches(dtype)
+            for label, this in made:
+                if layers and not any(layer in f"{this.name} {label}" for layer in layers):
+                    continue
+                item = Item(label, dtype, this.variant, prod(this.grid), this.bytes_moved)
+                earlier = items.get(item)
+                items[item] = replace(item, since=earlier.since if earlier else since, until=until)
+    return list(items.values())
+
+
+def _arch(capability: tuple[int, int]) -> int:
+    return 10 * capability[0] + capability[1]
 
 
 def measure(item: Item, arch: int) -> Row:
@@ -197,7 +212,7 @@ def _occupancy(arch: int, num_warps: int, registers: int, shared: int) -> tuple[
 
 def rows(items: Sequence[Item], arch: int) -> list[Row | None]:
     """The report for one architecture; None for kernels that are not used there."""
-    return [None if arch < LEAST_ARCH.get(item.variant.module, 0) else measure(item, arch) for item in items]
+    return [measure(item, arch) if item.since <= arch < item.until else None for item in items]
 
 
 # ------------------------------------------------------------------------------------------------- command

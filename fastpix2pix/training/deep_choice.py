@@ -28,9 +28,6 @@ PRODUCTS: dict[str, Product] = {
 }
 """Of each kernel."""
 
-FIRST_CAPABILITY = (8, 0)
-"""Triton 3.9 reaches no tensor cores on older GPUs."""
-
 BOUND = {torch.float32: 5e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Largest difference of two results over their size (both in the Euclidean norm) that rounding explains: of
 tf32's factors, or of the results."""

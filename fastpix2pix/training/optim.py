@@ -1,6 +1,6 @@
 """Adam that keeps fp32 masters and writes the working weights in the same pass; dynamic loss scaling."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -47,11 +47,21 @@ class LossScale:
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
         self._rule = (growth, backoff, growth_interval)
+        self._flags = [self.found_inf]
+
+    def flag(self) -> Tensor:
+        """A ``found_inf`` of an optimizer's own, float32 scalar, which each ``update`` sets to zero."""
+        self._flags.append(torch.zeros_like(self.found_inf))
+        return self._flags[-1]
 
     def update(self) -> None:
         """Set the scale for the next step, after every optimizer has taken (or skipped) this one."""
         torch._amp_update_scale_(self.scale, self.growth_tracker, self.found_inf, *self._rule)
-        self.found_inf.zero_()
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was found to be not finite, also by a step that does not get to its end."""
+        torch._foreach_zero_(self._flags)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"scale": self.scale, "growth_tracker": self.growth_tracker}
@@ -76,7 +86,10 @@ class MasterAdam(Optimizer):
 
     ``step`` updates everything that has a gradient. To update parameters one at a time, as their gradients
     arrive, call ``begin_step`` once and then ``step_parameters`` as often as needed; the results are the same
-    bit for bit. A loss scale rules that out: no parameter may move before all gradients are known finite.
+    bit for bit. With a loss scale no parameter may move before all gradients are known finite: as gradients
+    arrive, they can be looked at (``look_at``), and images of which one is a product can be kept for
+    ``step_parameters`` (``keep_images``), whose float32 products are finite where they are
+    (``kernels.deep_update``).
 
     The step can be captured in a CUDA graph: all state exists from the start and stays where it is, also
     when a state is loaded, and what changes from step to step is read from tensors. Only
@@ -100,7 +113,9 @@ class MasterAdam(Optimizer):
         self._clocks: list[AdamClock] = []
         self._uploaded_lr: list[float | None] = []
         self._group_of: dict[Parameter, int] = {}
-        self._found_inf: Tensor | None = None
+        self._found_inf = None if loss_scale is None else loss_scale.flag()
+        self._looked_at: set[Parameter] = set()
+        self._images: dict[Parameter, tuple[Tensor, Tensor]] = {}
         self.updates = 0
         """Calls that updated parameters: whether a step that failed had moved a weight."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "keras_eps": keras_eps})
@@ -131,8 +146,6 @@ class MasterAdam(Optimizer):
         self._clocks.append(clock)
         self._uploaded_lr.append(None)
         self.upload_lr()
-        if self.loss_scale is not None and self._found_inf is None:
-            self._found_inf = torch.zeros((), dtype=torch.float32, device=device)
 
     def parameters(self) -> Iterable[Parameter]:
         """All parameters of all groups."""
@@ -241,7 +254,7 @@ class MasterAdam(Optimizer):
                 self._uploaded_lr[index] = group["lr"]
 
     def begin_step(self) -> None:
-        """Count a step. With a loss scale, look at all gradients first, so they must be there by now."""
+        """Count a step. With a loss scale, look at gradients and images first: they must be there by now."""
         begin_steps([self])
 
     def _ticks(self) -> list[Tick]:
@@ -254,12 +267,36 @@ class MasterAdam(Optimizer):
             for group, clock in zip(self.param_groups, self._clocks, strict=True)
         ]
 
+    @torch.no_grad()
+    def look_at(self, p: Parameter) -> None:
+        """With a loss scale: look for infinities and NaNs in the gradient of ``p``, which is complete."""
+        adam.mark_non_finite([_flat_grad(p, p.grad)], self._found_inf)
+        self._looked_at.add(p)
+
+    def keep_images(self, p: Parameter, small: Tensor, big: Tensor) -> None:
+        """With a loss scale: the two images of which a deep layer's gradient is a product, until the step's
+        ``step_parameters``. See ``kernels.deep_update``."""
+        self._images[p] = small, big
+
     def _look_for_non_finite(self) -> None:
-        self._found_inf.zero_()
-        for some in self._by_kind(p for p in self._group_of if p.grad is not None).values():
-            adam.mark_non_finite([_flat_grad(p, p.grad) for p in some], self._found_inf)
-        seen = self.loss_scale.found_inf
-        torch.maximum(seen, self._found_inf, out=seen)
+        """In everything that has not been looked at."""
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for p in self._group_of:
+            if p.grad is not None and p not in self._looked_at:
+                kinds.setdefault(p.grad.dtype, []).append(_flat_grad(p, p.grad))
+        for images in self._images.values():
+            for image in images:
+                dense = image.contiguous(memory_format=torch.channels_last)
+                kinds.setdefault(image.dtype, []).append(_flat(dense))
+        for some in kinds.values():
+            adam.mark_non_finite(some, self._found_inf)
+        self._looked_at.clear()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As any torch optimizer's; what a step had looked at or kept goes with the gradients."""
+        super().zero_grad(set_to_none)
+        self._looked_at.clear()
+        self._images.clear()
 
     def _by_kind(self, parameters: Iterable[Parameter]) -> dict[tuple[int, torch.dtype], list[Parameter]]:
         """``parameters``, apart by group and type."""
@@ -270,9 +307,13 @@ class MasterAdam(Optimizer):
 
     @torch.no_grad()
     def step_parameters(self, parameters: Iterable[Parameter]) -> None:
-        """Update ``parameters`` from their gradients, within the step that ``begin_step`` began."""
+        """Update ``parameters`` from their gradients, within the step that ``begin_step`` began; and those
+        whose images were kept."""
         for (index, _), some in self._by_kind(parameters).items():
             self._update(index, some, [p.grad for p in some])
+        for p, images in self._images.items():
+            self.step_deep_weight(p, *images)
+        self._images.clear()
 
     @torch.no_grad()
     def step_parameter(self, p: Parameter, grad: Tensor) -> None:
@@ -282,12 +323,18 @@ class MasterAdam(Optimizer):
     @torch.no_grad()
     def step_deep_weight(self, p: Parameter, small: Tensor, big: Tensor) -> None:
         """Update a deep layer's weight from the two images of which its gradient is a product, likewise.
-
-        No loss scale. See ``kernels.deep_update``.
-        """
+        See ``kernels.deep_update``."""
         self.updates += 1
         index = self._group_of[p]
-        deep_update.update(small, big, self._tensors(p), self._clocks[index], _form(self.param_groups[index]))
+        deep_update.update(
+            small,
+            big,
+            self._tensors(p),
+            self._clocks[index],
+            _form(self.param_groups[index]),
+            self._grad_scale,
+            self._found_inf,
+        )
 
     def _update(self, group: int, parameters: list[Parameter], grads: list[Tensor]) -> None:
         self.updates += 1
@@ -296,9 +343,13 @@ class MasterAdam(Optimizer):
             [_flat_grad(p, grad) for p, grad in zip(parameters, grads, strict=True)],
             self._clocks[group],
             _form(self.param_groups[group]),
-            None if self.loss_scale is None else self.loss_scale.scale,
+            self._grad_scale,
             self._found_inf,
         )
+
+    @property
+    def _grad_scale(self) -> Tensor | None:
+        return None if self.loss_scale is None else self.loss_scale.scale
 
     def _tensors(self, p: Parameter) -> AdamTensors:
         """What an update of ``p`` reads and writes beside its gradient."""
@@ -323,9 +374,11 @@ class MasterAdam(Optimizer):
 
 
 @torch.no_grad()
-def begin_steps(optimizers: Iterable[MasterAdam]) -> None:
-    """``begin_step`` of each, on one device, in one launch where it is a GPU."""
-    adam.advance(*(tick for optimizer in optimizers for tick in optimizer._ticks()))
+def begin_steps(optimizers: Sequence[MasterAdam]) -> None:
+    """``begin_step`` of each, on one device and with one loss scale, in one launch where it is a GPU."""
+    (loss_scale,) = {optimizer.loss_scale for optimizer in optimizers}
+    ticks = [tick for optimizer in optimizers for tick in optimizer._ticks()]
+    adam.advance(*ticks, seen=None if loss_scale is None else loss_scale.found_inf)
 
 
 def _form(group: dict[str, Any]) -> AdamForm:

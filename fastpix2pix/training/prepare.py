@@ -16,7 +16,7 @@ from fastpix2pix.kernels.language import HAS_TRITON
 from fastpix2pix.kernels.launch import Launch
 from fastpix2pix.kernels.precompile import precompile
 from fastpix2pix.models import PatchDiscriminator, UNetGenerator
-from fastpix2pix.training.deep_choice import FIRST_CAPABILITY, ColdTimer, choose, problems_of
+from fastpix2pix.training.deep_choice import ColdTimer, choose, problems_of
 from fastpix2pix.training.diagnosis import explain
 from fastpix2pix.training.distributed import ALONE, Ranks
 from fastpix2pix.training.graph import CapturedStep
@@ -105,11 +105,15 @@ def compile_kernels(
     """
     if not (HAS_TRITON and launch.kernels_on_gpu):
         return []
-    launches = [
-        one
-        for batch_size in sorted({1, *batch_sizes})
-        for one in step_launches(networks.fresh, options, size=image_size, batch_size=batch_size, ranks=ranks)
-    ]
+    capability = torch.cuda.get_device_capability(device)
+    with launch.assuming(capability):
+        launches = [
+            one
+            for batch_size in sorted({1, *batch_sizes})
+            for one in step_launches(
+                networks.fresh, options, size=image_size, batch_size=batch_size, ranks=ranks
+            )
+        ]
     began = time.perf_counter()
 
     def progress(done: int, count: int) -> None:
@@ -117,7 +121,7 @@ def compile_kernels(
             say(f"compiling {count} variants of the Triton kernels, once on this machine")
 
     try:
-        compiled = precompile(launches, torch.cuda.get_device_capability(device), progress=progress)
+        compiled = precompile(launches, capability, progress=progress)
     except OSError as error:
         say(f"  not compiled beforehand, so the first step takes longer: {explain(error)}")
         return launches
@@ -172,8 +176,7 @@ def prepare_step(
     if on_gpu:
         set_float32_math(precision)
         networks = Networks(generator, discriminator)
-        reached = torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
-        deep_conv.offered, deep_conv.chosen = reached and options.deep_conv != "library", {}
+        deep_conv.offered, deep_conv.chosen = options.deep_conv != "library", {}
         with ranks.machine_by_machine():  # the others find the first one's kernels in Triton's cache
             launches = compile_kernels(networks, options, device, image_size, batch_sizes, say, ranks.size)
         deep = choose_deep_convolutions(launches, options, device, say)

@@ -209,9 +209,7 @@ class ShardedAdam(MasterAdam):
         self.exchange.max_(self._found_inf)
 
     def _look_for_non_finite(self) -> None:
-        """Within ``begin_step``, when ``look`` and ``share_look`` are done."""
-        seen = self.loss_scale.found_inf
-        torch.maximum(seen, self._found_inf, out=seen)
+        """Nothing within ``begin_step``, when ``look`` and ``share_look`` are done."""
 
     def step_share(self) -> None:
         """Update the share from the gradients that have arrived, within the step of ``begin_step``."""

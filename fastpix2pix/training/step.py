@@ -43,8 +43,9 @@ class TrainStep:
     ``generator`` and ``discriminator`` may be any modules: the first maps the source to an image, the
     second source and image to logits; how it is called, and which losses there are, ``objective`` says. A
     large weight is updated as soon as its gradient is there, beside the backward pass of the layers before
-    it. Our own two run fused, too: the generated image is written where the discriminator reads it, real and
-    fake go through it as one batch, and on a GPU the gradients of the generator's deep layers are never
+    it; with a loss scale its gradient is looked at by then, as no weight may move before all are known to be
+    finite. Our own two run fused, too: the generated image is written where the discriminator reads it, real
+    and fake go through it as one batch, and on a GPU the gradients of the generator's deep layers are never
     stored (``kernels.deep_update``).
 
     ``options.precision`` bf16 or fp16 converts the networks, their normalisations excepted; the optimizers
@@ -109,19 +110,19 @@ class TrainStep:
         self._exchanged = torch.zeros(len(LossTerms._fields), device=weight.device)
         self.side = SideStream(weight.device)
         self._keep_gradients = keep_gradients
-        self._updating_early = False
+        self._taking_gradients = False
         if fused and exchange is not None:
             self.set_dropout_rng(cast(Tensor, generator.rng))
-        elif self._may_update_early:
+        elif self._may_take_gradients:
             for optimizer in (self.gen_optimizer, self.disc_optimizer):
                 for parameter in optimizer.parameters():
                     if parameter.numel() >= LARGE:
-                        hook = _EarlyUpdate(self, optimizer, parameter)
+                        hook = _Taker(self, optimizer, parameter)
                         parameter.register_post_accumulate_grad_hook(hook)
             # Of our own generator alone: a weight that is used twice in a step has two gradients to add up.
             for block in generator.modules() if fused else ():
                 if isinstance(block, Block):
-                    block.take_gradient = _EarlyUpdate(self, self.gen_optimizer, block.conv.weight).take
+                    block.take_gradient = _Taker(self, self.gen_optimizer, block.conv.weight).take
 
     def __call__(self, source: Tensor, target: Tensor) -> Losses:
         self.upload_lr()
@@ -204,6 +205,8 @@ class TrainStep:
         self.gen_optimizer.zero_grad(set_to_none=True)
         self.disc_optimizer.zero_grad(set_to_none=True)
         self.side.abandon()
+        if self.loss_scale is not None:
+            self.loss_scale.forget()
 
     # ----------------------------------------------------------------------------------- update rules
 
@@ -280,9 +283,9 @@ class TrainStep:
     # ----------------------------------------------------------------------------------------- updates
 
     @property
-    def _may_update_early(self) -> bool:
-        """With a loss scale no weight may move before all gradients are known to be finite."""
-        return self.exchange is None and self.loss_scale is None and not self._keep_gradients
+    def _may_take_gradients(self) -> bool:
+        """Whether a large gradient is dealt with when it arrives: see ``_Taker``."""
+        return self.exchange is None and not self._keep_gradients
 
     def _update(self, *paths: Backward) -> Iterator[Between]:
         """Send the gradients back, and update the weights of the optimizers that they are for."""
@@ -294,18 +297,19 @@ class TrainStep:
                 one.pack()
             yield from exchanged_updates(sharded)
             return
-        early = self._may_update_early
+        early = self._may_take_gradients and self.loss_scale is None
         if self._keep_gradients:  # those of the step before
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
         if early:
             begin_steps(optimizers)
-        self._updating_early = early
+        self._taking_gradients = self._may_take_gradients
         try:
             self.players.backward(paths)
         finally:
-            self._updating_early = False
+            self._taking_gradients = False
         if not early:
+            self.side.join()  # with what was found to be not finite
             begin_steps(optimizers)
         for optimizer in optimizers:
             optimizer.step_parameters([p for p in optimizer.parameters() if p.grad is not None])
@@ -314,12 +318,14 @@ class TrainStep:
         self.side.join()
 
 
-class _EarlyUpdate:
-    """Updates a large weight within the backward pass of a step, on its side stream.
+class _Taker:
+    """Deals with a large weight's gradient within the backward pass of a step, on its side stream: updates
+    the weight, or, with a loss scale, looks whether the gradient is finite.
 
     Called by autograd when the gradient is there: nothing reads the weight after that, as the backward pass
     of its layer, which made the gradient, was the last to need it. ``take`` is called by a deep layer in
-    place of making the gradient, also when all else is done (``deep_conv.TakeGradient``).
+    place of making the gradient, also when all else is done (``deep_conv.TakeGradient``); with a loss scale
+    the images are kept for an update at the end of the step.
 
     It refers weakly: autograd and the networks would keep a step that holds them. In a network's copy, or
     pickled with it, it belongs to no step.
@@ -330,12 +336,15 @@ class _EarlyUpdate:
         self._of = [weakref.ref(each) for each in of]
 
     def __reduce__(self) -> tuple[type, tuple]:
-        return _EarlyUpdate, ()
+        return _Taker, ()
 
     def __call__(self, weight: nn.Parameter) -> None:
         # Autograd calls for a gradient that was taken too, when there is none.
         if weight.grad is not None and (now := self._at_work()) is not None:
             side, optimizer, _ = now
+            if optimizer.loss_scale is not None:
+                side.fork(partial(optimizer.look_at, weight), uses=())
+                return
             gradient, weight.grad = weight.grad, None
             side.fork(partial(optimizer.step_parameter, weight, gradient), uses=[gradient])
 
@@ -346,17 +355,20 @@ class _EarlyUpdate:
         side, optimizer, weight = now
         if weight.grad is not None or not deep_update.serves(small, big, weight):
             return False
-        side.fork(partial(optimizer.step_deep_weight, weight, small, big), uses=[small, big])
+        if optimizer.loss_scale is not None:
+            optimizer.keep_images(weight, small, big)
+        else:
+            side.fork(partial(optimizer.step_deep_weight, weight, small, big), uses=[small, big])
         return True
 
     def _at_work(self) -> tuple[SideStream, MasterAdam, nn.Parameter] | None:
-        """Where and with what, while the step updates early and nobody else wants this weight's gradient."""
+        """Where and with what, while the step takes gradients and nobody else wants this weight's."""
         if not self._of:
             return None
         step, optimizer, weight = (reference() for reference in self._of)
-        if step is None or not step._updating_early or weight._backward_hooks:
+        if step is None or not step._taking_gradients or weight._backward_hooks:
             return None
         hooks = (weight._post_accumulate_grad_hooks or {}).values()
-        if not all(isinstance(hook, _EarlyUpdate) for hook in hooks):
+        if not all(isinstance(hook, _Taker) for hook in hooks):
             return None
         return step.side, optimizer, weight

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -41,17 +42,20 @@ def step_launches(
     size: int,
     batch_size: int = 1,
     ranks: int = 1,
+    keep_gradients: bool = False,
 ) -> list[Launch]:
     """Every launch of one whole step, in order, of the networks that ``make`` makes; of one of ``ranks``.
 
     ``options.precision`` must be chosen. The step runs on the meta device: nothing is computed and no memory
-    is taken, on no machine's GPU. The global random state is left alone.
+    is taken, on no machine's GPU; which kind of GPU it is for, ``kernels.launch.assuming`` says. The global
+    random state is left alone.
     """
     meta = torch.device("meta")
     launches: list[Launch] = []
     with torch.random.fork_rng(devices=()), meta, observed(launches.append, run=False):
         networks = generator, _ = make()
-        step = TrainStep(*networks, options, None if ranks == 1 else Unconnected(ranks))
+        exchange = None if ranks == 1 else Unconnected(ranks)
+        step = TrainStep(*networks, options, exchange, keep_gradients=keep_gradients)
         dtype = WORKING_TYPES[options.precision]
         source, target = (
             torch.empty((batch_size, channels, size, size), dtype=dtype, memory_format=torch.channels_last)
@@ -63,16 +67,17 @@ def step_launches(
 
 
 def kernel_launches(precision: Precision) -> list[tuple[str, Launch]]:
-    """All different launches of a step of both presets at batch 1 and 256x256, with a label for each.
+    """All different launches of a step of both presets at batch 1 and 256x256, with a label for each; of one
+    that keeps its gradients too.
 
     precision: bf16, fp16 or fp32. Launches that differ in nothing but their tensors are returned once.
     """
     labelled: list[tuple[str, Launch]] = []
     seen = set()
-    for preset in PRESETS.values():
-        networks = NetworkOptions(preset=preset.name)
+    for preset, keep in product(PRESETS.values(), (False, True)):
+        make = partial(build_networks, NetworkOptions(preset=preset.name), "meta")
         options = StepOptions(preset=preset.name, precision=precision)
-        for launch in step_launches(partial(build_networks, networks, "meta"), options, size=256):
+        for launch in step_launches(make, options, size=256, keep_gradients=keep):
             identity = _identity(launch)
             if identity not in seen:
                 seen.add(identity)

@@ -335,6 +335,28 @@ def test_the_nan_of_a_gpu_stays_one(triton_device):
     assert working.isnan().all()
 
 
+def test_the_kernel_rounds_small_fp16_masters_as_the_reference_does(triton_device):
+    """A step from zero to between multiples of 2**-39, beside one of whole masters."""
+    size, form = 3 * BLOCK, TORCH
+    grads = torch.randn(size, generator=torch.Generator().manual_seed(0)).half().to(triton_device)
+    working = torch.zeros_like(grads)
+    split = AdamTensors(*torch.ones(2, size), None, working, torch.zeros_like(working, dtype=torch.int16))
+    whole = AdamTensors(*torch.ones(2, size), torch.zeros(size), working.clone())
+    clock = AdamClock.create(torch.device(triton_device))
+    clock.lr.fill_(2.0**-16)
+    adam.advance(adam.Tick(clock, form))
+    for parameter in (split, whole):
+        parameter = AdamTensors(*(None if t is None else t.to(triton_device) for t in parameter))
+        adam.update([parameter], [grads], clock, form)
+        if parameter.remainder is None:
+            expected = reference.split_master(parameter.master, torch.float16)
+            assert (parameter.master.abs() < 2.0**-16).float().mean() > 0.8
+        else:
+            mine = parameter
+    assert torch.equal(mine.working, expected[0])
+    assert torch.equal(mine.remainder, expected[1])
+
+
 def test_in_fp16_split_masters_go_the_way_of_separate_ones(triton_device):
     """Fifty steps with the same gradients: bit for bit, but for masters that came below 2**-16."""
     size = 6 * BLOCK

@@ -11,7 +11,7 @@ from fastpix2pix.kernels.language import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 
 
 def compile_all(architectures, precisions) -> None:
@@ -19,15 +19,17 @@ def compile_all(architectures, precisions) -> None:
     from triton.runtime import driver
 
     from fastpix2pix.kernels import report
+    from fastpix2pix.kernels.launch import assuming
     from fastpix2pix.kernels.variants import AbsentGPU
     from fastpix2pix.training.precision import set_float32_math
     from fastpix2pix.training.trace import kernel_launches
 
     for precision in precisions:
         set_float32_math(precision)
-        labelled = kernel_launches(precision.replace("tf32", "fp32"))
-        variants = {this.variant: (label, this) for label, this in labelled if this.name == "deep_update"}
         for arch in architectures:
+            with assuming(divmod(arch, 10)):
+                labelled = kernel_launches(precision.replace("tf32", "fp32"))
+            variants = {this.variant: (label, this) for label, this in labelled if this.name == "deep_update"}
             driver.set_active(AbsentGPU(arch))
             for variant, (label, this) in variants.items():
                 row = report.measure(report.Item(label, precision, variant, 1, this.bytes_moved), arch)
@@ -59,15 +61,15 @@ def compiled(architectures, precisions) -> list[dict]:
 def check(rows: list[dict]) -> None:
     for row in rows:
         assert row["stack"] == 0, row
-        large = row["tile"] == [64, 64]
-        assert row["registers"] <= (128 if large else 80), row
+        large, fma = row["tile"] == [64, 64], row["arch"] < 80
+        assert row["registers"] <= (128 if large or fma else 80), row
         # The gradient's, from the accumulator to the streams.
         assert row["conversions"] == 1, row
         assert row["stream bits"] == [128], row
-        assert row["streams"] == (4 if row["dtype"] == "bf16" else 6), row
+        assert row["streams"] == (6 if row["dtype"] in ("tf32", "fp32") else 4), row
         assert row["load_bits"] == row["store_bits"] == 128, row
         expected = {"mma.sync"}
-        if row["dtype"] == "fp32":
+        if row["dtype"] == "fp32" or fma:
             expected = set()
         elif large and row["arch"] in (90, 100):
             expected = {"wgmma.mma_async" if row["arch"] == 90 else "tcgen05.mma"}
@@ -75,13 +77,14 @@ def check(rows: list[dict]) -> None:
 
 
 def test_one_conversion_full_vectors_and_tensor_cores():
-    rows = compiled([80, 90], ["bf16"])
+    rows = compiled([75, 90], ["bf16", "fp16"])
     check(rows)
-    assert {tuple(row["tile"]) for row in rows} == {(32, 64), (64, 64)}
+    assert {tuple(row["tile"]) for row in rows if row["arch"] == 90} == {(32, 64), (64, 64)}
+    assert {tuple(row["tile"]) for row in rows if row["arch"] == 75} == {(32, 64)}
 
 
 @pytest.mark.slow
 def test_one_conversion_full_vectors_and_tensor_cores_on_all_gpus():
-    rows = compiled(list(ARCHITECTURES), ["bf16", "tf32", "fp32"])
+    rows = compiled(list(ARCHITECTURES), ["bf16", "fp16", "tf32", "fp32"])
     check(rows)
     assert {row["arch"] for row in rows} == set(ARCHITECTURES)

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from address_recorder import in_order, recorded
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fastpix2pix.kernels import adam, deep_update, language, launch, reference
@@ -34,11 +36,18 @@ class Layer:
         v = (self._random(*self.shape).square() + 0.1) * pixels
         self.exact = [t.double() for t in (master, m, v)]
         flat = [t.permute(0, 2, 3, 1).flatten().to(device, copy=True) for t in (m, v, master)]
-        if dtype == torch.bfloat16:
-            flat[2:] = [None, *reference.split_master(flat[2])]
+        if dtype.itemsize == 2:
+            flat[2:] = [None, *reference.split_master(flat[2], dtype)]
         self.weight = AdamTensors(*flat)
         self.clock = AdamClock.create(torch.device(device))
         self.clock.lr.fill_(2e-3)
+        self.scale: dict[str, torch.Tensor] = {}
+
+    def scale_gradients(self, scale, found_inf=0.0):
+        """Have an image multiplied by a loss scale."""
+        self.small = (self.small.float() * scale).to(self.dtype)
+        numbers = {"grad_scale": scale, "found_inf": found_inf}
+        self.scale = {name: torch.tensor(number, device=self.device) for name, number in numbers.items()}
 
     def _random(self, *shape):
         return torch.randn(shape, generator=self.generator)
@@ -56,8 +65,9 @@ class Layer:
 
     def step(self, form):
         adam.advance(adam.Tick(self.clock, form))
-        deep_update.update(self.small, self.big, self.weight, self.clock, form)
+        deep_update.update(self.small, self.big, self.weight, self.clock, form, **self.scale)
         numbers = {"lr": self.clock.lr.cpu(), "step": self.clock.step.cpu()}
+        numbers |= {name: number.cpu() for name, number in self.scale.items()}
         master, m, v = self.exact
         reference.adam_step(master, self.exact_gradient(), m, v, None, **numbers, **form._asdict())
 
@@ -74,22 +84,25 @@ class Layer:
             torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=slack)
 
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # Images, rows, columns, height and width of the small image; a type.
 LAYERS = {
     "1 pixel": (1, 40, 80, 1, 1, BF16),
     "1 pixel, fp32": (1, 24, 16, 1, 1, FP32),
+    "2 images of a pixel, fp16": (2, 24, 16, 1, 1, FP16),
     "3 images of a pixel": (3, 16, 48, 1, 1, FP32),
     "2x2": (1, 7, 16, 2, 2, BF16),
     "2 images of 2x3": (2, 33, 16, 2, 3, BF16),
     "4x4": (1, 24, 80, 4, 4, BF16),
     "3 images of 4x4": (3, 24, 16, 4, 4, FP32),
     "8x8": (1, 31, 16, 8, 8, BF16),
+    "8x8, fp16": (1, 40, 80, 8, 8, FP16),
     "2 images of 8x8": (2, 24, 16, 8, 8, FP32),
     "13x11": (1, 72, 16, 13, 11, BF16),
     "16x16": (1, 24, 80, 16, 16, BF16),
     "16x16, fp32": (1, 24, 16, 16, 16, FP32),
+    "16x16, fp16": (1, 72, 16, 16, 16, FP16),
     "512 columns": (1, 16, 512, 2, 2, BF16),
 }
 
@@ -102,8 +115,67 @@ def test_equals_gradient_and_adam_in_fp64(device, layer):
     layer.check()
 
 
+@pytest.mark.parametrize("layer", [name for name, (n, *_, h, w, _) in LAYERS.items() if n * h * w <= 64])
+def test_without_tensor_cores_too(triton_device, layer):
+    """Sixteen pixels at a time."""
+    layer, launches = Layer(*LAYERS[layer], triton_device), []
+    with launch.assuming((7, 5)), launch.observed(launches.append):
+        for form in (KERAS, TORCH):
+            layer.step(form)
+    layer.check()
+    assert {this.options["BLOCK_PIXELS"] for this in launches if this.name == "deep_update"} == {16}
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
+def test_gradients_are_divided_by_the_loss_scale(triton_device, split):
+    """The images' products are beyond fp16, the gradient is not; a whole master has a working copy."""
+    layer = Layer(1, 24, 48, 4, 4, FP16, triton_device)
+    if not split:
+        m, v, _, working, remainder = layer.weight
+        layer.weight = AdamTensors(m, v, reference.join_master(working, remainder), working)
+    layer.scale_gradients(2.0**14)
+    assert (layer.exact_gradient().abs() > 65504).float().mean() > 0.1
+    for form in (KERAS, TORCH):
+        layer.step(form)
+    layer.check()
+    if not split:
+        assert torch.equal(layer.weight.working, layer.weight.master.half())
+
+
+def test_nothing_moves_once_something_is_not_finite(triton_device):
+    layer = Layer(1, 24, 48, 4, 4, FP16, triton_device)
+    layer.scale_gradients(2.0**8, found_inf=1.0)
+    before = [tensor.clone() for tensor in layer.weight.writes]
+    layer.step(KERAS)
+    for mine, was in zip(layer.weight.writes, before, strict=True):
+        assert torch.equal(mine, was)
+    layer.check()  # nor does the reference's
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["small", "big", None]),
+    st.sampled_from([torch.inf, -torch.inf, torch.nan]),
+)
+def test_a_gradient_is_finite_just_where_both_images_are(seed, where, value):
+    """In float32, of the largest values that float16 has, and a value that is not finite anywhere."""
+    random = torch.Generator().manual_seed(seed)
+
+    def image(channels, side):
+        signs = torch.randint(0, 2, (2, channels, side, side), generator=random) * 2 - 1
+        return (signs * 65504.0).half()
+
+    images = {"small": image(3, 8), "big": image(2, 16)}
+    if where is not None:
+        flat = images[where].view(-1)
+        flat[torch.randint(len(flat), (), generator=random)] = value
+    gradient = reference.deep_conv_weight(*(one.float() for one in images.values()))
+    assert bool(gradient.isfinite().all()) is (where is None)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("rows, columns, side", [(512, 512, 1), (1024, 512, 2), (512, 256, 16)])
 def test_layers_of_both_presets(triton_device, rows, columns, side, dtype):
     layer = Layer(1, rows, columns, side, side, dtype, triton_device)
@@ -172,12 +244,12 @@ def test_on_a_cpu_thin_products_alone(monkeypatch):
     "change",
     [
         lambda small, big, weight: (small, big, weight.contiguous()),
-        lambda small, big, weight: (small.half(), big.half(), weight.half()),
+        lambda small, big, weight: (small.double(), big.double(), weight.double()),
         lambda small, big, weight: (small, big, weight[:, :, :3, :3]),
         lambda small, big, weight: (small, big, weight[:, :24]),
         lambda small, big, weight: (small.float(), big, weight),
     ],
-    ids=["layout", "fp16", "3x3", "columns", "types"],
+    ids=["layout", "fp64", "3x3", "columns", "types"],
 )
 def test_weights_that_have_no_kernel(triton_device, change):
     small, big, weight = (
@@ -188,6 +260,17 @@ def test_weights_that_have_no_kernel(triton_device, change):
     )
     assert deep_update.serves(small, big, weight)
     assert not deep_update.serves(*change(small, big, weight))
+
+
+@pytest.mark.parametrize("side, before_sm_80", [(8, True), (9, False)])
+def test_without_tensor_cores_images_of_few_pixels_alone(triton_device, side, before_sm_80):
+    small, big, weight = (
+        torch.zeros(shape, dtype=FP16, device=triton_device).contiguous(memory_format=torch.channels_last)
+        for shape in ((1, 24, side, side), (1, 32, 2 * side, 2 * side), (24, 32, 4, 4))
+    )
+    assert deep_update.serves(small, big, weight)
+    with launch.assuming((7, 0)):
+        assert deep_update.serves(small, big, weight) is before_sm_80
 
 
 @pytest.mark.parametrize("side, trips", [(1, 2), (8, 2), (16, 5)])
@@ -202,11 +285,13 @@ def test_trips_to_memory(side, trips):
 
 
 @pytest.mark.skipif(not language.INTERPRETING, reason="needs Triton's interpreter")
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
 def test_programs_keep_to_themselves_and_their_order_does_not_matter(triton_device, dtype):
     made = []
     for order in (range, lambda n: range(n - 1, -1, -1), np.random.default_rng(0).permutation):
         layer = Layer(2, 40, 80, 2, 3, dtype, triton_device)
+        if dtype == FP16:
+            layer.scale_gradients(2.0**8)
         with recorded() as recording, in_order(order):
             layer.step(KERAS)
         assert recording.launches == {"adam_advance": 1, "deep_update": 1}

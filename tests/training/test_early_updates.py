@@ -41,7 +41,7 @@ def small_is_large(monkeypatch):
 # tutorial's down 5 does not learn at batch 1.
 @pytest.mark.parametrize(
     "preset, precision, fused",
-    [("tutorial", "bf16", 3), ("junyanz", "bf16", 4), ("junyanz", "fp32", 4), ("tutorial", "fp16", 0)],
+    [("tutorial", "bf16", 3), ("junyanz", "bf16", 4), ("junyanz", "fp32", 4), ("tutorial", "fp16", 3)],
 )
 def test_deep_layers_gradients_are_not_stored(triton_device, preset, precision, fused):
     step, source, target = small_step(preset, precision, device=triton_device)
@@ -90,6 +90,56 @@ def test_hooks_of_others_see_the_gradient_and_may_change_it(triton_device):
     assert launched(step, source, target).count("deep_update") == 1, "the other layer goes on as before"
     assert len(seen) == 2 and all(gradient.any() for gradient in seen)
     assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+
+
+@pytest.mark.parametrize("where", ["small", "big"])
+def test_an_infinity_in_an_image_stops_the_generator_alone(triton_device, monkeypatch, where):
+    """In fp16 a deep layer's gradient is known to be finite by the images of which it would be a product."""
+    step, source, target = small_step("tutorial", "fp16", device=triton_device)
+    step.loss_scale.scale.fill_(2.0**8)
+    keep = step.gen_optimizer.keep_images
+
+    def keep_with_an_infinity(weight, small, big):
+        images = {"small": small, "big": big}
+        images[where] = images[where].clone(memory_format=torch.channels_last)
+        images[where][0, 1, 0, 0] = -torch.inf
+        keep(weight, **images)
+
+    def moved(before, after):
+        equal = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+        return not all(equal[:count]), not all(equal[count:])
+
+    count = len(step.gen_optimizer.masters())
+    start = masters(step)
+    with monkeypatch.context() as patch:
+        patch.setattr(step.gen_optimizer, "keep_images", keep_with_an_infinity)
+        step(source, target)
+    stopped = masters(step)
+    assert moved(start, stopped) == (False, True)
+    assert float(step.loss_scale.scale) == 2.0**7
+    step(source, target)
+    assert moved(stopped, masters(step)) == (True, True), "it is forgotten with the step"
+    assert float(step.loss_scale.scale) == 2.0**7
+
+
+def test_what_a_step_found_before_it_failed_is_forgotten(triton_device, monkeypatch):
+    step, source, target = small_step("tutorial", "fp16", device=triton_device)
+    step.loss_scale.scale.fill_(2.0**8)
+    look_at, start = step.gen_optimizer.look_at, masters(step)
+
+    def find_and_fail(weight):
+        weight.grad.fill_(torch.inf)
+        look_at(weight)
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step.gen_optimizer, "look_at", find_and_fail)
+        with pytest.raises(MemoryError):
+            step(source, target)
+    step.forget_gradients()
+    step(source, target)
+    assert float(step.loss_scale.scale) == 2.0**8
+    assert not torch.equal(start[0], masters(step)[0])
 
 
 def test_a_gradient_that_is_there_already_counts(triton_device):

@@ -109,7 +109,7 @@ def test_twenty_replays_equal_twenty_eager_steps(device, exact_convolutions, pre
     assert captured.run.failure is None
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("preset", ["tutorial", "junyanz"])
 def test_the_side_stream_changes_no_bit(device, exact_convolutions, preset, precision):
     """Captured steps with and without it. Prints what it gains."""
@@ -138,17 +138,17 @@ def test_the_side_stream_changes_no_bit(device, exact_convolutions, preset, prec
     )
 
 
-@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_fused_update_is_gradient_and_adam(device, precision):
     """A step of a network with deep layers, with and without storing their gradients."""
     set_float32_math(precision)
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        pytest.skip("before sm_80 gradients are stored")
     made = []
     for keep in (False, True):
         torch.manual_seed(0)
         networks = (network.to(device) for network in build_networks(NetworkOptions()))
         step = TrainStep(*networks, StepOptions(precision=precision), keep_gradients=keep)
+        if step.loss_scale is not None:
+            step.loss_scale.scale.fill_(2.0**8)  # at the initial 2**16 both would skip the update
         start, seen = [master.clone() for master in step.gen_optimizer.masters()], []
         with launch.observed(lambda this, seen=seen: seen.append(this.name)):
             step(*next(on(device, precision, 1)))

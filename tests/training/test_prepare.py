@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastpix2pix.kernels import language
+from fastpix2pix.kernels import deep_conv, language
 from fastpix2pix.models import NetworkOptions, build_networks
 from fastpix2pix.training import prepare
 from fastpix2pix.training.graph import CapturedStep
@@ -52,6 +52,19 @@ def test_the_kernels_of_every_batch_size_are_compiled_beforehand(monkeypatch):
     assert images == {1, 2, 4, 8}  # of one and of four; the discriminator has twice as many
     assert said[0] == "compiling 57 variants of the Triton kernels, once on this machine"
     assert said[1].startswith("  57 compiled in ")
+
+
+@pytest.mark.skipif(not language.HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("capability, deep", [((7, 5), False), ((8, 6), True)])
+def test_the_kernels_are_those_of_the_gpu(monkeypatch, capability, deep):
+    """Deep convolutions on tensor cores alone."""
+    monkeypatch.setattr(prepare, "precompile", lambda launches, capability, progress: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(deep_conv, "MIN_WEIGHTS", 1)
+    networks = Networks(*build_networks(SMALL))
+    launches = compile_kernels(networks, StepOptions(precision="fp16"), GPU, 32, (1,), print)
+    names = {launch.name for launch in launches}
+    assert "deep_update" in names and ("deep_conv_to_small" in names) is deep
 
 
 @pytest.mark.skipif(not language.HAS_TRITON, reason="Triton is not installed")

@@ -71,10 +71,9 @@ def test_the_last_biases_share_launches_with_short_tensors_only(precision):
 
 
 def test_labelled_launches_cover_both_presets_without_repeats():
-    assert "deep_update" in {launch.name for _, launch in kernel_launches("bf16")}
     labelled = kernel_launches("fp16")
     names = {launch.name for _, launch in labelled}
-    assert len(names) == 19, "every kernel of the package but one, as a loss scale rules out early updates"
+    assert len(names) == 20, "every kernel of the package"
     assert {label.split()[0] for label, _ in labelled} == {"tutorial", "junyanz"}
-    assert len(labelled) < len(full_step("fp16")) * 2 * 0.8
+    assert len(labelled) < len(full_step("fp16")) * 4 * 0.5, "two presets, with and without kept gradients"
     assert "junyanz 16x16x512 dropout" in {label for label, _ in labelled}
