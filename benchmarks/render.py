@@ -131,7 +131,7 @@ def model(rooflines: list[Result]) -> list[str]:
         f"programs wait for memory, with {assumed['resident_warps']} warps at a time on a multiprocessor "
         "(assumed), and of the L2 cache's bandwidth the share of the multiprocessors that have a program. A "
         "library's launches are taken to fill the device and to wait once. The last row of each step is what "
-        "it would take if nothing on its second stream had to wait for the first."
+        "it would take if its second stream, until it is joined, never had to wait for the first."
     )
     rows, with_latency = [], []
     for result in rooflines:
