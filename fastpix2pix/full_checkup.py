@@ -16,7 +16,7 @@ from typing import Any
 
 CLONE = Path(__file__).parents[1]
 MINUTES = 10
-TAIL = 6000  # characters of a program's output that are kept, its last ones
+TAIL = 20_000  # characters of a program's output that are kept, its last ones
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Program:
 
 
 PROGRAMS = (
-    Program("GPU tests", ("-m", "pytest", "-m", "gpu", "tests", "-q", "-rfE", "--no-header"), 240, "tests"),
+    # P: what tests that pass print, their measurements.
+    Program("GPU tests", ("-m", "pytest", "-m", "gpu", "tests", "-q", "-rfEP", "--no-header"), 240, "tests"),
     Program(
         "step against its peers",
         ("-m", "benchmarks.compare", "--eager", "--rounds", "5", "--output", "{json}"),

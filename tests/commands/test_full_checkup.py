@@ -80,3 +80,14 @@ def test_what_it_runs_exists():
         for argument in each.arguments:
             if argument.endswith(".py"):
                 assert (full_checkup.CLONE / argument).is_file()
+
+
+def test_what_gpu_tests_measure_is_kept(tmp_path):
+    """They print it, also where they pass."""
+    (tmp_path / "test_gain.py").write_text(
+        "import pytest\n@pytest.mark.gpu\ndef test_gain():\n    print('0.9 ms in one stream, 0.8 in two')\n"
+    )
+    gpu_tests = next(each for each in full_checkup.PROGRAMS if each.name == "GPU tests")
+    arguments = [argument.replace("tests", str(tmp_path)) for argument in gpu_tests.arguments]
+    (entry,) = run(tmp_path, Program("GPU tests", tuple(arguments), 60, "tests"))["programs"]
+    assert entry["outcome"] == "exit code 0" and "0.9 ms in one stream, 0.8 in two" in entry["output"]
