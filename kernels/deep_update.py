@@ -51,8 +51,8 @@ def choose_update_tile(pixels: int, itemsize: int, tensor_cores: bool = True) ->
 
     With more than 128 pixels in 16 bit, 64 x 64, which reads the images half as often, and which the matrix
     instructions of sm_90 and sm_100 take. A step has at least the 16 pixels that a matrix instruction takes;
-    in fp32 at most 32, as more would not stay in registers. Without tensor cores 16, for which Triton unrolls
-    the loop: with 64 it spills.
+    in fp32 at most 32, as more would not stay in registers. Without tensor cores it has 16 in any type: Triton
+    unrolls them, and more would not stay in registers either.
     """
     if not tensor_cores:
         return Tile(32, 64, 16, num_warps=8, num_stages=1)
