@@ -585,6 +585,26 @@ def test_one_value_per_group_gives_the_bias(triton_device, batch):
     torch.testing.assert_close(actual["running_var"], was * 0.9**batch)
 
 
+@pytest.mark.parametrize("few_pixels", [0, 1024], ids=["two launches", "one launch"])
+@pytest.mark.parametrize("slope, skip_slope", [(0.0, None), (0.2, 0.0)])
+def test_at_zero_the_gradient_is_that_of_the_negative_side(
+    triton_device, monkeypatch, slope, skip_slope, few_pixels
+):
+    """As PyTorch's leaky_relu has it, and as the bottleneck meets it, whose values are all zero."""
+    monkeypatch.setattr(kernels, "FEW_PIXELS", few_pixels)
+    x = torch.tensor([-1.0, 0.0, -0.0, 2.0]).repeat(2, 1).view(1, 2, 2, 2).to(triton_device)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    results = norm_act(x, config=NormActConfig(norm=False, slope=slope, skip_slope=skip_slope))
+    results = (results,) if skip_slope is None else results
+    upstream = [torch.full_like(result, 3.0 + i) for i, result in enumerate(results)]
+    mine = torch.autograd.grad(results, x, upstream)[0].cpu()
+    plain = x.detach().cpu().double().requires_grad_()
+    slopes = (slope, skip_slope)[: len(results)]
+    expected = [F.leaky_relu(plain, each) for each in slopes]
+    theirs = torch.autograd.grad(expected, plain, [u.cpu().double() for u in upstream])[0]
+    torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("few_pixels", [0, 10**6], ids=["two launches", "one launch"])
 def test_repeats_to_the_last_bit(triton_device, monkeypatch, few_pixels):
     monkeypatch.setattr(kernels, "FEW_PIXELS", few_pixels)
