@@ -37,27 +37,31 @@ that."""
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program updates, rows x columns of one tap, in steps of so many pixels; its warps and stages."""
+    """What a program updates, rows x columns of one tap, in steps of so many pixels; its warps and stages;
+    the most registers of a thread, None for the hardware's own limit.
+    """
 
     rows: int
     columns: int
     pixels: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 def choose_update_tile(pixels: int, itemsize: int, tensor_cores: bool = True) -> Tile:
     """32 x 64 weights: 8 a thread, in two full vectors of each fp32 stream, and 2048 programs for 512 x 512.
 
     With more than 128 pixels in 16 bit, 64 x 64, which reads the images half as often, and which the matrix
-    instructions of sm_90 and sm_100 take. A step has at least the 16 pixels that a matrix instruction takes;
-    in fp32 at most 32, as more would not stay in registers. Without tensor cores it has 16 in any type: Triton
-    unrolls them, and more would not stay in registers either.
+    instructions of sm_90 and sm_100 take; with at most 128 registers two such programs share a
+    multiprocessor. A step has at least the 16 pixels that a matrix instruction takes; in fp32 at most 32, as
+    more would not stay in registers. Without tensor cores it has 16 in any type: Triton unrolls them, and
+    more would not stay in registers either.
     """
     if not tensor_cores:
         return Tile(32, 64, 16, num_warps=8, num_stages=1)
     if itemsize == 2 and pixels > 128:
-        return Tile(64, 64, 64, num_warps=8, num_stages=2)
+        return Tile(64, 64, 64, num_warps=8, num_stages=2, max_registers=128)
     most = 64 if itemsize == 2 else 32
     return Tile(32, 64, min(max(next_power_of_2(pixels), 16), most), num_warps=8, num_stages=1)
 
@@ -157,6 +161,7 @@ def update(
         WIDEN=INTERPRETING and small.element_size() == 2,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=tile.max_registers,
         reads=(small, big, *weight.reads, clock.alpha, clock.eps_hat, grad_scale, found_inf),
         writes=weight.writes,
         # The weight's streams come last.

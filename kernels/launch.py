@@ -73,11 +73,11 @@ class Launch(NamedTuple):
             self._enqueue()
 
     def _enqueue(self) -> None:
-        self.kernel[self.grid](*self.args, **self.options, **compile_options(**self.options))
+        self.kernel[self.grid](*self.args, **self.options | compile_options(**self.options))
 
     def compile(self) -> Any:
         """The compiled kernel (``triton.compiler.CompiledKernel``), without launching it."""
-        options = {**self.options, **compile_options(**self.options)}
+        options = self.options | compile_options(**self.options)
         return self.kernel.warmup(*self.args, grid=self.grid, **options)
 
     @property

@@ -482,12 +482,13 @@ def norm_act_forward_whole(
             norm = Norm(mean, tl.rsqrt(m2 / pixels.to(DTYPE) + CONSTANTS.eps), weight, bias)
         else:
             norm = Norm(None, None, weight, bias)
-        _, z = _before_activation(value, norm)
-        _store_results(y, skip, z, pixel, last, columns, dropout, CONSTANTS)
+        # Before the results, so that the sums are no longer held: some layers would spill on sm_100.
         _store_row(saved.mean, norm.mean, group, columns)
         _store_row(saved.rstd, norm.rstd, group, columns)
         if parameters.running_mean is not None:
             running_mean, running_var = _updated(running_mean, running_var, mean, m2, pixels, CONSTANTS)
+        _, z = _before_activation(value, norm)
+        _store_results(y, skip, z, pixel, last, columns, dropout, CONSTANTS)
     _store_row(parameters.running_mean, running_mean, 0, columns)
     _store_row(parameters.running_var, running_var, 0, columns)
 

@@ -21,14 +21,16 @@ POINTER_ALIGNMENT = 16
 """Bytes to which Triton wants an address aligned before it promises the compiler full vectors."""
 
 
-def compile_options(num_warps: int = 4, **_: Any) -> dict[str, Any]:
+def compile_options(num_warps: int = 4, maxnreg: int | None = None, **_: Any) -> dict[str, Any]:
     """Options with which every kernel is compiled, whatever its own constants.
 
     Whether a * b + c is fused by itself differs between GPUs, the interpreter and versions of Triton. Kernels
-    that want it say tl.fma, so that what is tested is what runs. maxnreg names the hardware's own limit:
-    without one, ptxas spills a few registers of some layers to reach the next step of occupancy.
+    that want it say tl.fma, so that what is tested is what runs. maxnreg, the most registers of a thread, is
+    the launch's own or the hardware's limit: without one, ptxas spills a few registers of some layers to
+    reach the next step of occupancy.
     """
-    return {"enable_fp_fusion": False, "maxnreg": min(REGISTERS // (WARP * num_warps), MAX_REGISTERS)}
+    most = min(REGISTERS // (WARP * num_warps), MAX_REGISTERS) if maxnreg is None else maxnreg
+    return {"enable_fp_fusion": False, "maxnreg": most}
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Variant:
     def compile(self) -> Any:
         """The compiled kernel (``triton.compiler.CompiledKernel``) for the active driver's target."""
         kernel, options = getattr(import_module(self.module), self.kernel), dict(self.options)
-        return kernel.warmup(*self.args, grid=(1,), **options, **compile_options(**options))
+        return kernel.warmup(*self.args, grid=(1,), **options | compile_options(**options))
 
 
 def _typical(arg: Any, specialized: bool = True) -> Any:

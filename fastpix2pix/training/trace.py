@@ -108,4 +108,6 @@ def _description(launch: Launch) -> str:
         words.append("skip")
     if options is not None and options.threshold:
         words.append("dropout")
+    if any(launch.options.get(name) for name in ("SPLITS", "DSKIP_SPLITS")):
+        words.append("sums")
     return " ".join(words)

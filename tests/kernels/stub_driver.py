@@ -235,11 +235,11 @@ class Comparison:
         self.equal("shared memory", name, arrived.shared, compiled.metadata.shared)
         self.equal("stream", name, arrived.stream, STREAM)
         self.equal("launch attributes", name, arrived.attributes, 0)
-        self._registers(name, compiled.asm["ptx"], binary, threads)
+        limit = this.options.get("maxnreg") or min(65536 // threads, 255)
+        self._registers(name, compiled.asm["ptx"], binary, threads, limit)
         self._parameters(name, asked, parameters, compiled)
 
-    def _registers(self, name: str, ptx: str, binary: Binary, threads: int) -> None:
-        limit = min(65536 // threads, 255)
+    def _registers(self, name: str, ptx: str, binary: Binary, threads: int, limit: int) -> None:
         self.equal("register limit", name, re.findall(r"^\.maxnreg (\d+)$", ptx, re.M), [str(limit)])
         self.equal("thread count", name, re.findall(r"^\.reqntid (\d+)$", ptx, re.M), [str(threads)])
         self.counts["registers"] += 1

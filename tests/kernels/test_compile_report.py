@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,10 +39,6 @@ def compile_all(file: Path, architectures, dtypes, layers=()) -> list[dict]:
     return rows
 
 
-DEEP = re.compile(r" (1|2|4|8|16)x\1x")
-"""Layers whose neighbours are our deep convolutions, which leave partial sums."""
-
-
 def check_norm_act(rows: list[dict]) -> None:
     rows = [row for row in rows if row["kernel"].startswith("norm_act")]
     assert len({row["kernel"] for row in rows}) == 6
@@ -51,7 +46,7 @@ def check_norm_act(rows: list[dict]) -> None:
         assert row["stack"] == 0, row
         assert row["load_bits"] == 128, row
         # A thread that reads a full vector of fp32 partial sums has half a vector of 16-bit results.
-        of_partials = row["kernel"] == "norm_act_backward_whole" and DEEP.search(row["label"])
+        of_partials = row["label"].endswith(" sums")
         full = 64 if of_partials and row["dtype"] != "fp32" else 128
         assert row["store_bits"] >= full or row["kernel"] in NO_IMAGE_WRITTEN, row
         assert row["occupancy"] * report.MULTIPROCESSORS[row["arch"]].warps >= row["num_warps"], row
@@ -161,13 +156,14 @@ def compile_split(folder: Path, which: str, architectures, dtypes) -> list[dict]
 
 
 def test_partial_sums_are_read_without_spills(tmp_path):
-    for row in compile_split(tmp_path, "one", (75, 90), ["bf16"]):
+    for row in compile_split(tmp_path, "one", (80, 90), ["bf16"]):
         assert row["stack"] == 0 and row["load_bits"] == 128, row
 
 
 @pytest.mark.slow
 def test_partial_sums_are_read_without_spills_on_all_gpus(tmp_path):
-    for row in compile_split(tmp_path, "every", ARCHITECTURES, ["bf16", "fp32"]):
+    """Where there are any: our convolutions, which leave them, need tensor cores."""
+    for row in compile_split(tmp_path, "every", ARCHITECTURES[2:], ["bf16", "fp32"]):
         assert row["stack"] == 0 and row["load_bits"] == 128, row
         assert row["occupancy"] * report.MULTIPROCESSORS[row["arch"]].warps >= row["num_warps"], row
 

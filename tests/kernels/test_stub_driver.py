@@ -66,7 +66,7 @@ def run(library: Path, kernel_cache: Path):
 
 
 EACH_KERNEL, STEP = "each_kernel_once fp16", "train_step tutorial bf16"
-FUSED = "one_kernel deep_update bf16"  # with a loss scale, as in fp16, there is none
+FUSED = "one_kernel deep_update fp16"
 FAULTS = {
     "another_grid": "grid is",
     "another_block": "block is",
