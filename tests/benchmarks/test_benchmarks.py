@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._functorch import config as functorch_config
 from torch.nn import functional as F
 
 from benchmarks import compare, outsiders, render, results, roofline, scaling, timing, traffic
@@ -65,6 +66,14 @@ def test_the_peers_losses_are_ours(preset, batch_size):
                 torch.testing.assert_close(losses[name].float(), loss, rtol=2e-6, atol=0)
 
 
+@pytest.fixture
+def functorch_settings():
+    """Compiled peers change one; it is put back. Since pytest 9.2 monkeypatch would delete it."""
+    with functorch_config.patch(donated_buffer=True):
+        yield
+
+
+@pytest.mark.usefixtures("functorch_settings")
 def test_a_peer_that_does_not_compile_runs_eagerly(monkeypatch, capsys):
     def refusing(network, *, options):
         assert options["max_autotune"] and options["triton.cudagraphs"]
@@ -81,7 +90,6 @@ def test_a_peer_that_does_not_compile_runs_eagerly(monkeypatch, capsys):
     networks = build_networks(workload.network_options())
     expected = PeerStep(workload).load_ours(*networks)(*pair)
     monkeypatch.setattr(torch, "compile", refusing)
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
     peer = PeerStep(workload, Tuning(compiled=True)).load_ours(*networks)
     assert peer(*pair) == expected
     assert capsys.readouterr().out == "torch.compile gave up, so this runs eagerly: no compiler here\n"
@@ -90,9 +98,9 @@ def test_a_peer_that_does_not_compile_runs_eagerly(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("functorch_settings")
 @pytest.mark.parametrize("preset", ["tutorial", "junyanz"])
-def test_a_compiled_peer_computes_the_same(preset, monkeypatch, capsys):
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+def test_a_compiled_peer_computes_the_same(preset, capsys):
     workload = miniature(preset)
     networks = build_networks(workload.network_options())
     expected, compiled = (
