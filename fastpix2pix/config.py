@@ -138,7 +138,8 @@ class TrainConfig:
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
     precision: Precision | None = None
     """Type that the networks compute in; Adam's masters and checkpoints are fp32 always. Default: bf16 on
-    GPUs from sm_80 on, fp16 with dynamic loss scaling on older ones, on a CPU bf16 with AMX, else fp32."""
+    GPUs from sm_80 on, fp16 with dynamic loss scaling on older ones; on a CPU bf16 with AVX512-BF16, else
+    fp32."""
     no_graph: bool = False
     """Do not capture the step in a CUDA graph."""
     deep_conv: DeepConv = StepOptions.deep_conv

@@ -417,6 +417,12 @@ def multiplies_bf16_matrices() -> bool:
     return torch.cpu._is_amx_tile_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16 (AVX512-BF16, which comes with AMX too) and
+    PyTorch's convolutions can use them."""
+    return torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @cache
 def _cpu_has(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for ``dtype``, so that convolutions in it are not emulated."""

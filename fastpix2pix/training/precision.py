@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from fastpix2pix.errors import UserError
-from fastpix2pix.kernels.cpu_conv import multiplies_bf16_matrices
+from fastpix2pix.kernels.cpu_conv import multiplies_bf16
 from fastpix2pix.kernels.deep_conv import has_fp32_precision
 from fastpix2pix.training.options import Precision
 
@@ -19,11 +19,11 @@ WORKING_TYPES: dict[Precision, torch.dtype] = {
 
 def choose_precision(asked: Precision | None, device: torch.device) -> Precision:
     """``asked``, or the best for ``device``: bf16 on sm_80 and later, fp16 on older GPUs; on a CPU bf16 where
-    it has matrix units for it, and fp32 elsewhere.
+    it multiplies such values, and fp32 elsewhere.
 
     On a CPU that is a property of the processor, so that every start of a run chooses the same. A step of the
-    full networks takes three quarters of its time in fp32 there (two cores, docs/speed.md); without
-    instructions for it bf16 is emulated, 10 to 100 times slower.
+    full networks takes about three quarters of its time in fp32 there, with matrix units and without (two
+    cores of each, docs/speed.md); without instructions for it bf16 is emulated, 10 to 100 times slower.
 
     Raises UserError for tf32 without a GPU.
     """
@@ -33,7 +33,7 @@ def choose_precision(asked: Precision | None, device: torch.device) -> Precision
         return asked
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return "bf16" if multiplies_bf16_matrices() else "fp32"
+    return "bf16" if multiplies_bf16() else "fp32"
 
 
 # PyTorch 2.9 has a second interface to tf32 (``fp32_precision``) beside ``allow_tf32``. Reading the older one

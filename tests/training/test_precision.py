@@ -10,13 +10,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("matrix_units", "convolutions", "precision"),
+    ("instructions", "convolutions", "precision"),
     [(True, True, "bf16"), (True, False, "fp32"), (False, True, "fp32"), (False, False, "fp32")],
 )
 def test_a_cpu_s_precision_follows_from_what_it_has_and_is_the_same_every_time(
-    monkeypatch, matrix_units, convolutions, precision
+    monkeypatch, instructions, convolutions, precision
 ):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: convolutions)
     assert {choose_precision(None, CPU) for _ in range(5)} == {precision}
 
