@@ -22,8 +22,8 @@ def choose_precision(asked: Precision | None, device: torch.device) -> Precision
     it multiplies such values, and fp32 elsewhere.
 
     On a CPU that is a property of the processor, so that every start of a run chooses the same. A step of the
-    full networks takes about three quarters of its time in fp32 there, with matrix units and without (two
-    cores of each, docs/speed.md); without instructions for it bf16 is emulated, 10 to 100 times slower.
+    full networks takes 0.74 of its time in fp32 there with matrix units and 0.84 without (two cores of each,
+    docs/speed.md); without instructions for it bf16 is emulated, 10 to 100 times slower.
 
     Raises UserError for tf32 without a GPU.
     """
