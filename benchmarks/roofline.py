@@ -115,10 +115,10 @@ def floor_seconds(entries: list[Entry], bandwidth: float, flops: float, *, captu
 def launch_seconds(entry: Entry, gpu: Gpu, flops: float) -> float:
     """With latency; ``flops`` in operations per second, but for our own products where Triton multiplies
     without tensor cores."""
-    if entry.grid is not None and gpu.capability < TENSOR_CORES_SINCE:
-        flops = 1e12 * gpu.flops["fp32"]
     waiting = 1e-6 * TRIP_US
     if entry.grid is not None:
+        if gpu.capability < TENSOR_CORES_SINCE:
+            flops = 1e12 * gpu.flops["fp32"]
         programs, warps, trips = entry.grid
         at_once = gpu.multiprocessors * max(RESIDENT_WARPS // warps, 1)
         used = min(programs, gpu.multiprocessors) / gpu.multiprocessors

@@ -30,9 +30,9 @@ from fastpix2pix.kernels.tiles import cdiv, next_power_of_2, pipelined_trips
 TAPS = 16
 
 FMA_PIXELS = 64
-"""The most pixels of a layer that is updated in one pass without tensor cores. A V100 then multiplies for a
-third of the time that the weight's streams take, and can do both at once; with 256 pixels for longer than
-that."""
+"""The most pixels of a layer that is updated in one pass without tensor cores. By the published rates (a
+model) a V100 then multiplies for a third of the time that the weight's streams take, and can do both at once;
+with 256 pixels for longer than that."""
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ def test_the_last_biases_share_launches_with_short_tensors_only(precision):
 
 
 def test_labelled_launches_cover_both_presets_without_repeats():
+    assert "deep_update" in {launch.name for _, launch in kernel_launches("bf16")}
     labelled = kernel_launches("fp16")
     names = {launch.name for _, launch in labelled}
     assert len(names) == 20, "every kernel of the package"
